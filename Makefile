@@ -1,0 +1,32 @@
+# `make bench` and `make test` need nothing but Python 3.10 with venv. A C++ compiler and an nvcc are used where they
+# are; EMAN_KERNELS_CUDA=on|off and TORCH_CUDA_ARCH_LIST reach the build from the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test bench lint clean
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/bench_update.py $(BENCH_ARGS)
+
+lint: .venv/.lint
+	$(BIN)/pre-commit run --all-files
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# Editable: Python is taken from here as it is, and the extension is built anew when its sources change.
+# The report says what was built, or why not.
+.venv/.installed: setup.py pyproject.toml $(wildcard csrc/*) | .venv/bin/python
+	$(BIN)/pip install --editable '.[bench,test]'
+	$(BIN)/python -m eman_kernels
+	touch $@
+
+.venv/.lint: .pre-commit-config.yaml | .venv/bin/python
+	$(BIN)/pip install --quiet pre-commit
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info eman_kernels/_C.*

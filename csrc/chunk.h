@@ -1,0 +1,47 @@
+// The chunk record and its codes: all that Python and C++ share.
+//
+// eman_kernels/plan.py writes these records into an int64 tensor [n_chunks, 4]; the CUDA kernel, the Triton kernel
+// and the CPU code read them as they lie. tests/test_plan.py holds both sides to the same layout and codes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace eman {
+
+struct alignas(16) Chunk {
+  uint64_t teacher;   // address of the first teacher element: read, then written
+  uint64_t student;   // address of the first student element: read only
+  uint64_t reserved;  // 0: a record fills one 32-byte sector
+  uint32_t numel;     // 1 ... kChunkSize elements
+  uint16_t pair;      // a Pair: the rule and both dtypes
+  uint16_t flags;     // kVector16 or 0
+};
+static_assert(sizeof(Chunk) == 32 && offsetof(Chunk, numel) == 24, "plan.py writes this layout");
+
+// Large enough that reading the record costs nothing beside the elements, small enough that ResNet-50 makes
+// some 1,800 pieces of work to balance. A multiple of 16, so that a tensor's chunks are all aligned as its first.
+constexpr uint32_t kChunkSize = 16384;
+
+// Both addresses take 16-byte accesses.
+constexpr uint16_t kVector16 = 1;
+
+// Every pair a chunk can have: NAME(code, teacher type, student type). The types are those of ema_math.h.
+#define EMAN_EMA_PAIRS(NAME)  \
+  NAME(0, float, float)       \
+  NAME(1, float, BFloat16)    \
+  NAME(2, float, Half)        \
+  NAME(3, BFloat16, BFloat16) \
+  NAME(4, Half, Half)         \
+  NAME(5, BFloat16, float)    \
+  NAME(6, Half, float)        \
+  NAME(7, double, double)
+
+// A copy knows only widths: NAME(code, element type).
+#define EMAN_COPY_PAIRS(NAME) \
+  NAME(8, uint8_t)            \
+  NAME(9, uint16_t)           \
+  NAME(10, uint32_t)          \
+  NAME(11, uint64_t)
+
+}  // namespace eman

@@ -1,0 +1,48 @@
+"""``python -m eman_kernels``: what a bug report needs. Versions, backends with reasons, and a check of each."""
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import __version__, available_backends, eman_update_
+from .backends.extension import C, missing
+
+
+def check(backend: str) -> str | None:
+    """Run one update by this backend and by the reference: how they differ, or None."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    networks = []
+    for name in (backend, "reference"):
+        torch.manual_seed(0)
+        teacher, student = (nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).to(device) for _ in range(2))
+        student(torch.randn(8, 300, device=device))
+        with torch.no_grad():
+            eman_update_(teacher, student, 0.99, backend=name)
+        networks.append(teacher.state_dict())
+    wrong = [name for name, tensor in networks[0].items() if not torch.equal(tensor, networks[1][name])]
+    return f"differs from the reference in {', '.join(wrong)}" if wrong else None
+
+
+def main() -> int:
+    """Print the report; 1 if a backend that is available gives other bits than the reference."""
+    print(f"eman_kernels {__version__} ({Path(__file__).parent})")
+    print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda})")
+    print(f"{platform.platform()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"extension: {missing or f'CPU kernel on, OpenMP {C.openmp_status}; CUDA kernel {C.cuda_status}'}")
+    for device in range(torch.cuda.device_count()):
+        print(f"cuda:{device}: {torch.cuda.get_device_name(device)}, {torch.cuda.get_device_capability(device)}")
+    print("backends:")
+    faults = 0
+    for name, reason in available_backends().items():
+        fault = check(name) if reason is None else None
+        faults += fault is not None
+        print(f"  {name:10} {'available' if reason is None else f'not available: {reason}'}{fault or ''}")
+    print(f"self-check: {'failed' if faults else 'passed'}")
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

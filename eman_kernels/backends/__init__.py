@@ -1,0 +1,46 @@
+"""Who does the work. A backend is a module with
+
+NAME            as it is asked for.
+TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
+unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
+run(work, weight) -> None                   updates a plan.Work in place; weight = 1 - momentum.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+
+from . import cpu, cuda, foreach, reference
+
+# In the order in which auto prefers them.
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, cpu, foreach, reference)}
+
+
+def requested(argument: str | None) -> str | None:
+    """The backend that the argument or else EMAN_KERNELS_BACKEND asks for; None or "auto": the fastest there is."""
+    name = argument or os.environ.get("EMAN_KERNELS_BACKEND")
+    if name in (None, "", "auto"):
+        return None
+    if name not in _BACKENDS:
+        where = "backend" if argument else "EMAN_KERNELS_BACKEND"
+        raise ValueError(f"{where}={name!r} is none of auto, {', '.join(_BACKENDS)}")
+    return name
+
+
+def choose(device: torch.device, name: str | None) -> ModuleType:
+    """The backend of this name, or the first that can. Raises RuntimeError if the named one cannot."""
+    if name is None:
+        return next(backend for backend in _BACKENDS.values() if backend.unavailable(device.type) is None)
+    if reason := _BACKENDS[name].unavailable(device.type):
+        raise RuntimeError(f"backend {name!r} cannot update tensors on {device}: {reason}. Nothing was written.")
+    return _BACKENDS[name]
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with the reason why it is not available on this machine, or None where it is.
+
+    >>> available_backends()  # doctest: +SKIP
+    {'cuda': 'no CUDA device is visible to torch', 'cpu': None, 'foreach': None, 'reference': None}
+    """
+    return {name: backend.unavailable("cuda" if name == "cuda" else "cpu") for name, backend in _BACKENDS.items()}

@@ -1,0 +1,49 @@
+"""The compiled CUDA kernel: one launch on the current stream of the tensors' device."""
+
+from functools import cache
+
+import torch
+
+from .extension import C, missing
+
+NAME = "cuda"
+TAKES_TABLE = True
+
+# A captured graph reads its table at every replay, when the plan may be long gone.
+_captured_tables: list[torch.Tensor] = []
+
+
+@cache
+def unavailable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"it updates CUDA tensors only, not {device_type}; move the models to the GPU or use backend='auto'"
+    if missing:
+        return missing
+    if not C.has_cuda:
+        return (
+            f"the extension was built without CUDA ({C.cuda_status}); with an nvcc in place, run "
+            "`EMAN_KERNELS_CUDA=on pip install --force-reinstall --no-deps eman_kernels`"
+        )
+    if torch.version.hip:
+        return "this is torch for ROCm, and the kernel is built for CUDA; use backend='auto'"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch (torch.cuda.is_available() is False)"
+    for device in range(torch.cuda.device_count()):
+        try:
+            C.check_cuda(device)
+        except RuntimeError as error:
+            return (
+                f"{error} (built for {C.cuda_status}; the device is of compute capability "
+                f"{torch.cuda.get_device_capability(device)}; build with TORCH_CUDA_ARCH_LIST set to it)"
+            )
+    return None
+
+
+def run(work, weight: float) -> None:
+    stream = torch.cuda.current_stream(work.device)
+    C.update_cuda(work.table.data_ptr(), len(work.table), weight, work.device.index, stream.cuda_stream)
+    if torch.cuda.is_current_stream_capturing():
+        _captured_tables.append(work.table)
+    elif stream != torch.cuda.default_stream(work.device):
+        # The table was made on another stream, perhaps: its memory must not be given away under our kernel.
+        work.table.record_stream(stream)

@@ -1,0 +1,169 @@
+"""Which teacher tensor follows which student tensor, and by which rule. Names only: no address is looked at here."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import chain
+from operator import is_
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Rule = Literal["ema", "copy", "skip"]
+RULES = get_args(Rule)
+
+# Path components that wrappers put into their module's names. DDP's and DataParallel's "module" is a name that a
+# network may well use itself, so that one is looked through only where it leads every name.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A teacher tensor, the student tensor that it follows, and how: rule is "ema" or "copy"."""
+
+    name: str
+    teacher: Tensor
+    student: Tensor
+    rule: Rule
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside DDP, DataParallel and torch.compile."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = module._orig_mod
+        else:
+            return module
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, the non-persistent too, by the names they have in the unwrapped network."""
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    tensors = {".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor for name, tensor in named}
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def pair_modules(
+    teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None = None, buffers: Rule = "ema"
+) -> list[Pair]:
+    """Pair two networks by name.
+
+    rules: name patterns (fnmatch, over the unwrapped network's names) and their rule; the first that matches counts.
+    buffers: what floating-point buffers do that no pattern names. With "copy" and "skip", integer buffers do the same.
+    Raises ValueError with every difference between the two networks in one message.
+    """
+    rules = rules or {}
+    for pattern, rule in [*rules.items(), ("buffers", buffers)]:
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r} for {pattern!r}: it must be one of {', '.join(RULES)}")
+    teachers, students = named_tensors(teacher), named_tensors(student)
+    is_buffer = {id(tensor) for tensor in chain(teacher.buffers(), student.buffers())}
+
+    def rule_of(name: str, tensor: Tensor) -> Rule:
+        for pattern, rule in rules.items():
+            if fnmatchcase(name, pattern):
+                return rule
+        if id(tensor) in is_buffer and buffers != "ema":
+            return buffers
+        return default_rule(tensor)
+
+    tensors = students | teachers
+    followed = {name: rule for name, tensor in tensors.items() if (rule := rule_of(name, tensor)) != "skip"}
+    for pattern in rules:
+        if not any(fnmatchcase(name, pattern) for name in tensors):
+            warnings.warn(f"the rule {pattern!r} matches no tensor of the teacher or the student", stacklevel=2)
+    differences = [f"{name}: the teacher has none" for name in followed if name not in teachers]
+    differences += [f"{name}: the student has none" for name in followed if name not in students]
+    names = [name for name in followed if name in teachers and name in students]
+    pairs = [Pair(name, teachers[name], students[name], followed[name]) for name in names]
+    remedy = (
+        "Is the teacher of the student's architecture? "
+        'A tensor that is not to follow takes a rule, like rules={"predictor.*": "skip"}.'
+    )
+    check(pairs, differences, remedy)
+    return pairs
+
+
+def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
+    """Pair two lists by position, each tensor by its default rule."""
+    if len(teacher) != len(student):
+        raise ValueError(f"{len(teacher)} teacher tensors and {len(student)} student tensors: they must be as many")
+    pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in enumerate(zip(teacher, student))]  # noqa: B905
+    check(pairs)
+    return pairs
+
+
+def default_rule(tensor: Tensor) -> Rule:
+    """Averages what can be averaged: floating point and complex. Counters and flags are copied."""
+    return "ema" if tensor.is_floating_point() or tensor.is_complex() else "copy"
+
+
+def check(pairs: Iterable[Pair], differences: Iterable[str] = (), remedy: str = "") -> None:
+    """Raises ValueError that lists the differences given and all that is wrong with a pair by itself."""
+    wrong = [*differences, *(f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair)))]
+    if wrong:
+        listed = wrong[:_LISTED] + [f"and {len(wrong) - _LISTED} more"] * (len(wrong) > _LISTED)
+        head = "the teacher cannot follow the student; nothing was written."
+        raise ValueError("\n  ".join([head, *listed]) + f"\n{remedy}".rstrip())
+
+
+def _fault(pair: Pair) -> str | None:
+    for who, tensor in (("teacher", pair.teacher), ("student", pair.student)):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return f"the {who} is lazy and has no shape yet; run one forward pass first"
+        if tensor.is_meta:
+            return f"the {who} is on the meta device and holds no data; materialise it with to_empty() first"
+        if tensor.is_quantized:
+            return f"the {who} is quantized ({tensor.dtype}); keep an unquantized teacher and quantize a copy of it"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else tensor.layout
+            return f"the {who} is {layout}; only strided tensors can follow"
+    teacher, student = pair.teacher, pair.student
+    if teacher.shape != student.shape:
+        return f"the teacher's shape is {tuple(teacher.shape)}, the student's {tuple(student.shape)}"
+    kinds = [default_rule(tensor) for tensor in (teacher, student)]
+    if kinds[0] != kinds[1] or teacher.is_complex() != student.is_complex():
+        return f"the teacher is {teacher.dtype}, the student {student.dtype}"
+    if pair.rule == "ema" and kinds[0] != "ema":
+        return f"the rule 'ema' needs floating point, and it is {teacher.dtype}; use 'copy'"
+    for tensor in (teacher, student):
+        if pair.rule == "ema" and not _computes(tensor.dtype):
+            return f"torch cannot compute with {tensor.dtype}; use the rule 'copy'"
+    return None
+
+
+@cache
+def _computes(dtype: torch.dtype) -> bool:
+    try:
+        torch.zeros(1, dtype=dtype).to(torch.complex128)
+    except NotImplementedError:
+        return False
+    return True
+
+
+class Watch:
+    """Notices that a module tree holds other tensors or modules than when it was made.
+
+    Keeps the dicts in which modules hold their own, not the roots: those may die.
+    """
+
+    def __init__(self, *roots: nn.Module) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        # Views are live: each iteration sees what the dict holds then.
+        self._views = [held.values() for m in modules for held in (m._parameters, m._buffers, m._modules)]
+        self._seen = list(self._held())
+
+    def _held(self) -> Iterable[object]:
+        # The end mark makes a list that grew or shrank differ in its last place.
+        return chain(chain.from_iterable(self._views), (Watch,))
+
+    def changed(self) -> bool:
+        return not all(map(is_, self._held(), self._seen))

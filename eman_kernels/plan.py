@@ -1,0 +1,241 @@
+"""Pairs -> the table of chunks. The only room that knows addresses; it notices when they move."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .backends import reference
+from .pairing import Pair
+
+# csrc/chunk.h, in Python's words.
+CHUNK_SIZE = 16384
+VECTOR16 = 1
+PAIR_CODES = {
+    ("ema", torch.float32, torch.float32): 0,
+    ("ema", torch.float32, torch.bfloat16): 1,
+    ("ema", torch.float32, torch.float16): 2,
+    ("ema", torch.bfloat16, torch.bfloat16): 3,
+    ("ema", torch.float16, torch.float16): 4,
+    ("ema", torch.bfloat16, torch.float32): 5,
+    ("ema", torch.float16, torch.float32): 6,
+    ("ema", torch.float64, torch.float64): 7,
+}
+COPY_CODES = {1: 8, 2: 9, 4: 10, 8: 11}  # by the bytes of an element
+
+
+@dataclass
+class Work:
+    """What one backend does on one device in one call."""
+
+    device: torch.device
+    backend: ModuleType
+    pairs: list[Pair]
+
+    @cached_property
+    def table(self) -> Tensor:
+        """The chunk records, int64 [n_chunks, 4] on the device; csrc/chunk.h says what they hold.
+
+        Full chunks come first: the small tensors then fill the tail of the run instead of opening it.
+        """
+        teacher, student, numel, code, teacher_bytes, student_bytes = torch.tensor(
+            [
+                (t.data_ptr(), s.data_ptr(), t.numel(), pair_code(pair), t.element_size(), s.element_size())
+                for pair in self.pairs
+                for t, s in ((pair.teacher, pair.student),)
+            ]
+        ).T
+        chunks = (numel + CHUNK_SIZE - 1) // CHUNK_SIZE
+        which = torch.arange(len(numel)).repeat_interleave(chunks)
+        first = (torch.arange(len(which)) - (chunks.cumsum(0) - chunks)[which]) * CHUNK_SIZE
+        length = (numel[which] - first).clamp(max=CHUNK_SIZE)
+        teacher = teacher[which] + first * teacher_bytes[which]
+        student = student[which] + first * student_bytes[which]
+        vector16 = ((teacher | student) % 16 == 0).long() * VECTOR16
+        packed = length | code[which] << 32 | vector16 << 48
+        table = torch.stack([teacher, student, torch.zeros_like(teacher), packed], dim=1)
+        return table[length.argsort(descending=True, stable=True)].to(self.device)
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(pair.teacher.numel() for pair in self.pairs)
+
+
+class Plan:
+    """How to update these pairs: made once, run many times, until `moved`.
+
+    It keeps the memory of its tensors alive, so that an address that has not changed is that memory still, and not the
+    tensor objects, so that they can die.
+    Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
+    that was asked for cannot do the work.
+    """
+
+    def __init__(self, pairs: list[Pair], backend: str | None = None) -> None:
+        self._with_address = [_is_plain(tensor) for pair in pairs for tensor in (pair.teacher, pair.student)]
+        self._addresses = self._addresses_of([tensor for pair in pairs for tensor in (pair.teacher, pair.student)])
+        self.names = [pair.name for pair in pairs]
+        # Inference mode would make aliases that cannot be written once it has ended.
+        with torch.inference_mode(False):
+            pairs = [Pair(pair.name, _alias(pair.teacher), _alias(pair.student), pair.rule) for pair in pairs]
+        self.pairs = _without_ties_and_empties(pairs)
+        _check_memory(self.pairs)
+
+        self.ineligible: dict[str, str] = {}
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the plan of this update must be made before a CUDA graph is captured, because its table is copied to "
+                "the device: call update() once before the capture, and do not move tensors in between"
+            )
+        by_device: dict[torch.device, list[Pair]] = {}
+        rest: list[Pair] = []
+        for pair in self.pairs:
+            if reason := ineligible(pair):
+                self.ineligible[pair.name] = reason
+                rest.append(pair)
+            else:
+                by_device.setdefault(pair.teacher.device, []).append(pair)
+        self.works = [Work(device, backends.choose(device, backend), pairs) for device, pairs in by_device.items()]
+        if rest:
+            self.works.append(Work(rest[0].teacher.device, reference, rest))
+        for work in self.works:
+            if work.backend.TAKES_TABLE:
+                work.table  # noqa: B018  now, and not in the first step
+
+    def _addresses_of(self, tensors: list[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, compress(tensors, self._with_address)))
+
+    def moved(self, tensors: list[Tensor]) -> bool:
+        """Whether one lies elsewhere than when the plan was made. tensors: teacher, student, teacher, student ..."""
+        return self._addresses_of(tensors) != self._addresses
+
+    def run(self, weight: float) -> None:
+        """teacher + weight * (student - teacher), in place; weight = 1 - momentum."""
+        for work in self.works:
+            work.backend.run(work, weight)
+
+    def describe(self) -> str:
+        """What is updated how, by which backend, and what is not eligible for the fast path and why."""
+        lines = []
+        for work in self.works:
+            kinds = Counter(f"{p.rule} {_short(p.teacher)} <- {_short(p.student)}" for p in work.pairs)
+            table = f", {len(work.table)} chunks" if work.backend.TAKES_TABLE else ""
+            lines.append(
+                f"{work.device}: {work.backend.NAME} updates {len(work.pairs)} tensors, {work.numel} elements{table} "
+                f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+            )
+        lines += [f"  {name}: by the reference, because {reason}" for name, reason in self.ineligible.items()]
+        return "\n".join(lines)
+
+
+def pair_code(pair: Pair) -> int | None:
+    """The pair's code in a chunk record; None if the kernels do not know it."""
+    if pair.rule == "ema":
+        return PAIR_CODES.get(("ema", pair.teacher.dtype, pair.student.dtype))
+    if pair.teacher.dtype != pair.student.dtype or pair.teacher.is_complex():
+        return None
+    return COPY_CODES.get(pair.teacher.element_size())
+
+
+def ineligible(pair: Pair) -> str | None:
+    """Why the reference must update this pair; None if it can be cut into chunks."""
+    teacher, student = pair.teacher, pair.student
+    if not (_is_plain(teacher) and _is_plain(student)):
+        return f"it is a {type(teacher).__name__} that follows a {type(student).__name__}"
+    if teacher.device != student.device:
+        return f"the teacher is on {teacher.device}, the student on {student.device}"
+    if pair_code(pair) is None:
+        return f"no kernel does {pair.rule} of {_short(student)} into {_short(teacher)}"
+    if teacher.is_conj() or student.is_conj() or teacher.is_neg() or student.is_neg():
+        return "it is a lazy conjugate or negative view"
+    if _strides(teacher) != _strides(student):
+        return f"the teacher's strides are {teacher.stride()}, the student's {student.stride()}"
+    if _extent(teacher) != teacher.numel():
+        return f"it is not dense: shape {tuple(teacher.shape)}, strides {teacher.stride()}"
+    if teacher.data_ptr() % teacher.element_size() or student.data_ptr() % student.element_size():
+        return "its address is not a multiple of its element size"
+    return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory as another object. A subclass keeps to itself where its memory is: it stands for itself."""
+    return tensor.detach() if _is_plain(tensor) else tensor
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that matter: a dimension of size 1 may have any."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _extent(tensor: Tensor) -> int:
+    """The elements from the first in memory to the last, both counted."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
+    """Each piece of teacher memory once. Raises ValueError where one is to follow two different students."""
+    first: dict[object, Pair] = {}
+    for pair in pairs:
+        if pair.teacher.numel() == 0:
+            continue
+        known = first.setdefault(_place(pair.teacher), pair)
+        if known is not pair and (_place(known.student), known.rule) != (_place(pair.student), pair.rule):
+            raise ValueError(
+                f"the teacher ties {known.name} and {pair.name} to one memory, but they would follow different "
+                f"students or rules; tie them in the student as well, or give the teacher two. Nothing was written."
+            )
+    return list(first.values())
+
+
+def _place(tensor: Tensor) -> object:
+    if not _is_plain(tensor):
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _check_memory(pairs: list[Pair]) -> None:
+    spans: dict[torch.device, list[tuple[int, int, str, str]]] = {}
+    for pair in pairs:
+        for who, tensor in (("teacher", pair.teacher), ("student", pair.student)):
+            if not _is_plain(tensor):
+                continue
+            if who == "teacher" and _overlaps_itself(tensor):
+                raise ValueError(
+                    f"{pair.name}: the teacher is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
+                    f"strides {tensor.stride()}), and one place would be written twice; give it memory with .clone()"
+                )
+            start = tensor.data_ptr()
+            end = start + _extent(tensor) * tensor.element_size()
+            spans.setdefault(tensor.device, []).append((start, end, who, pair.name))
+    for on_device in spans.values():
+        last: dict[str, tuple[int, str]] = {}
+        for start, end, who, name in sorted(on_device):
+            for other, (other_end, other_name) in last.items():
+                if start < other_end and "teacher" in (who, other):
+                    raise ValueError(
+                        f"the {who}'s {name} and the {other}'s {other_name} share memory; the teacher must have its "
+                        f"own (copy.deepcopy the student, or .clone() the tensor). Nothing was written."
+                    )
+            last[who] = max(last.get(who, (0, "")), (end, name))

@@ -1,0 +1,102 @@
+"""What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import eman_kernels
+
+EMA_PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float64),
+]
+COPY_DTYPES = [torch.bool, torch.int8, torch.bfloat16, torch.int32, torch.float32, torch.int64, torch.float64]
+MOMENTA = [0.0, 0.1, 0.5, 0.7, 0.996, 0.9999, 1.0]
+CHUNK = 16384
+SIZES = [0, 1, 2, 7, 8, 17, 1009, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+SENTINEL = 0x5A
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.cuda),
+        pytest.param(("cpu", "cpu"), id="cpu"),
+        pytest.param(("foreach", "cpu"), id="foreach"),
+        pytest.param(("foreach", "cuda"), id="foreach-on-cuda", marks=pytest.mark.cuda),
+    ]
+)
+def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
+    """Every backend but the reference, that they are compared with."""
+    backend, device = request.param
+    if backend != "foreach" and (reason := eman_kernels.available_backends()[backend]):
+        pytest.skip(f"backend {backend}: {reason}")
+    return backend, torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch sees none")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Guarded:
+    """A tensor of numel elements with sentinels on both sides, `offset` elements past a 64-byte boundary."""
+
+    def __init__(self, values: Tensor, offset: int = 0, device: torch.device | str = "cpu") -> None:
+        size = values.element_size()
+        self.begin = 64 + offset * size
+        self.end = self.begin + values.numel() * size
+        self.memory = torch.full((self.end + 64,), SENTINEL, dtype=torch.uint8, device=device)
+        assert self.memory.data_ptr() % 64 == 0
+        self.tensor = self.memory[self.begin : self.end].view(values.dtype)
+        self.tensor.copy_(values)
+
+    def intact(self) -> bool:
+        outside = torch.cat([self.memory[: self.begin], self.memory[self.end :]])
+        return bool((outside == SENTINEL).all())
+
+
+def values(numel: int, dtype: torch.dtype) -> Tensor:
+    """Random values over the dtype's range of magnitudes, with special ones among them."""
+    if dtype == torch.bool:
+        return torch.rand(numel) < 0.5
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max, (numel,), dtype=dtype)
+    random = (torch.randn(numel, dtype=torch.float64) * 10.0 ** torch.randint(-8, 5, (numel,))).to(dtype)
+    finfo = torch.finfo(dtype)
+    special = [0.0, -0.0, 1.0, finfo.max, finfo.min, finfo.tiny, finfo.smallest_normal / 4, float("inf"), float("nan")]
+    where = torch.randperm(numel)[: numel // 20]
+    random[where] = torch.tensor(special, dtype=dtype)[torch.randint(len(special), (len(where),))]
+    return random
+
+
+def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
+    """torch's own, on the CPU, in the precision and with the rounding that the update promises."""
+    wide = torch.float64 if torch.float64 in (teacher.dtype, student.dtype) else torch.float32
+    return torch.lerp(teacher.cpu().to(wide), student.cpu().to(wide), 1.0 - momentum).to(teacher.dtype)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal values. A NaN equals any NaN, and 0 equals -0: torch.lerp's vector and scalar code differ in that."""
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    assert actual.dtype == expected.dtype
+    same = actual == expected
+    if actual.is_floating_point():
+        same |= actual.isnan() & expected.isnan()
+    if not same.all():
+        at = (~same).nonzero()[0]
+        raise AssertionError(
+            f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {at.tolist()}: "
+            f"{actual[tuple(at)].item()!r}, expected {expected[tuple(at)].item()!r}"
+        )

@@ -1,0 +1,128 @@
+"""Every backend against torch.lerp, bit for bit."""
+
+import ctypes
+import ctypes.util
+
+import pytest
+import torch
+from conftest import COPY_DTYPES, EMA_PAIRS, MOMENTA, SIZES, Guarded, assert_same_bits, lerp, values
+
+import eman_kernels
+from eman_kernels import ema_update_
+from eman_kernels.backends import reference
+
+
+@pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 0), (0, 1), (3, 3)], ids=lambda o: f"{o[0]}-{o[1]}-off")
+def test_ema(backend_and_device, dtypes, offsets):
+    backend, device = backend_and_device
+    for momentum in MOMENTA:
+        teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in SIZES]
+        students = [Guarded(values(size, dtypes[1]), offsets[1], device) for size in SIZES]
+        expected = [lerp(t.tensor, s.tensor, momentum) for t, s in zip(teachers, students, strict=True)]
+        before = [s.memory.clone() for s in students]
+        ema_update_([t.tensor for t in teachers], [s.tensor for s in students], momentum, backend=backend)
+        for t, want, size in zip(teachers, expected, SIZES, strict=True):
+            assert_same_bits(t.tensor, want, f"{size} elements, momentum {momentum}")
+            assert t.intact(), f"written outside of the teacher's {size} elements"
+        for s, old in zip(students, before, strict=True):
+            assert torch.equal(s.memory, old), "the student was written"
+
+
+@pytest.mark.parametrize("dtype", COPY_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_copy(backend_and_device, dtype, offset):
+    backend, device = backend_and_device
+    teacher, student = torch.nn.Module(), torch.nn.Module()
+    guards = []
+    for size in SIZES:
+        for module in (teacher, student):
+            guards.append(Guarded(values(size, dtype), offset, device))
+            module.register_buffer(f"b{size}", guards[-1].tensor)
+    eman_kernels.eman_update_(teacher, student, 0.5, buffers="copy", backend=backend)
+    for (name, t), s in zip(teacher.named_buffers(), student.buffers(), strict=True):
+        assert_same_bits(t, s, name)
+    assert all(guard.intact() for guard in guards)
+
+
+def test_end_points(backend_and_device):
+    """Momentum 0 gives the student and momentum 1 leaves the teacher, exactly; a teacher at its student rests there."""
+    backend, device = backend_and_device
+    teacher, student = torch.randn(5000, device=device), torch.randn(5000, device=device)
+    old = teacher.clone()
+    ema_update_([teacher], [student], 1, backend=backend)
+    assert torch.equal(teacher, old)
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    assert torch.equal(teacher, student)
+    for _ in range(10):
+        ema_update_([teacher], [student], 0.9, backend=backend)
+    assert torch.equal(teacher, student)
+
+
+@pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))
+def test_against_fp64(backend_and_device, dtypes):
+    """The formula itself, from outside of torch.lerp: within one rounding of the difference and one of the result."""
+    backend, device = backend_and_device
+    teacher, student = torch.randn(4099).to(dtypes[0]), torch.randn(4099).to(dtypes[1])
+    momentum = 0.97
+    exact = momentum * teacher.double() + (1 - momentum) * student.double()
+    got = teacher.to(device)
+    ema_update_([got], [student.to(device)], momentum, backend=backend)
+    error = (got.cpu().double() - exact).abs()
+    bound = torch.finfo(dtypes[0]).eps * exact.abs() / 2 + torch.finfo(torch.float32).eps * (1 - momentum) * 8
+    assert (error <= bound).all()
+
+
+def test_reference_is_one_fma():
+    """The reference's bits from the C library's fmaf: no rounding between product and sum, mirrored from weight 0.5."""
+    fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
+    fmaf.restype, fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    for weight in (0.001, 0.3, 0.5, 0.75, 1.0):
+        teacher, student = torch.randn(301), torch.randn(301)
+        rounded = torch.tensor(weight).item()
+        difference = (student - teacher).tolist()
+        want = [
+            fmaf(rounded, d, t) if rounded < 0.5 else fmaf(rounded - 1, d, s)
+            for t, s, d in zip(teacher.tolist(), student.tolist(), difference, strict=True)
+        ]
+        reference.update(teacher, student, "ema", weight)
+        assert teacher.tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half(dtype):
+    """All 65,536 values of a half type, and what lies between them, through the kernel's own conversions.
+
+    At momentum 0 the student comes out as it is, but for infinities: 0 * inf is a NaN, in torch.lerp as well.
+    """
+    if reason := eman_kernels.available_backends()["cpu"]:
+        pytest.skip(f"backend cpu: {reason}")
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    wide = torch.zeros(len(every))
+    ema_update_([wide], [every], 0.0, backend="cpu")
+    assert_same_bits(wide, torch.where(every.isinf(), torch.nan, every.float()), "widened")
+    # Each value, its neighbours half way up and down, and just beside half way.
+    steps = torch.cat([every.float() * (1 + f) for f in (0, 2**-11, -(2**-11), 2**-9, 2**-8, 2**-8 + 2**-20, 2**-12)])
+    narrow = torch.zeros(len(steps), dtype=dtype)
+    want = lerp(narrow, steps, 0.0)
+    ema_update_([narrow], [steps], 0.0, backend="cpu")
+    assert_same_bits(narrow, want, "narrowed")
+
+
+def test_cpu_kernel_uses_several_threads_with_the_same_bits():
+    if reason := eman_kernels.available_backends()["cpu"]:
+        pytest.skip(f"backend cpu: {reason}")
+    from eman_kernels import _C
+    from eman_kernels.backends import cpu
+    from eman_kernels.pairing import pair_lists
+    from eman_kernels.plan import Plan
+
+    teacher, student = torch.randn(1_000_003), torch.randn(1_000_003)
+    want = lerp(teacher, student, 0.9)
+    for threads in (1, 2, 5):
+        mine = teacher.clone()
+        (work,) = Plan(pair_lists([mine], [student]), "cpu").works
+        _C.update_cpu(work.table.data_ptr(), len(work.table), 1.0 - 0.9, threads)
+        assert_same_bits(mine, want, f"{threads} threads")
+    assert cpu.threads(10) == 1
+    assert cpu.threads(1 << 30) == torch.get_num_threads()

@@ -1,0 +1,230 @@
+"""The build: what it makes, what it leaves out and says so, and what the compiler made of the kernel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import cmake
+import ninja
+import pybind11
+import pytest
+
+from eman_kernels.backends import extension
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+pytestmark = pytest.mark.build
+
+
+def call(*command, env=None, check=True, cwd=None):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, cwd=cwd)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def tool(name):
+    """A program on PATH, or the one that Triton's wheel carries."""
+    if found := shutil.which(name):
+        return found
+    triton = pytest.importorskip("triton", reason=f"no {name} on PATH, and no triton that carries one")
+    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not carried.exists():
+        pytest.skip(f"no {name} on PATH or in triton's wheel")
+    return carried
+
+
+# ---------------------------------------------------------------- the kernel's machine code
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """architecture -> (ptxas report, cubin), for every architecture of the toolkit."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("nvcc needs a host compiler, and there is none on PATH")
+    folder = tmp_path_factory.mktemp("cubins")
+    made = {}
+    for arch in call(nvcc, "--list-gpu-code").stdout.split():
+        number = int(re.fullmatch(r"sm_(\d+)", arch)[1])
+        if number < 75:
+            continue
+        cubin = folder / f"{arch}.cubin"
+        flags = [
+            "-O3",
+            "-std=c++17",
+            "-DEMAN_WITH_CUDA",
+            f"-arch={arch}",
+            "-Xptxas=-v",
+            "-cubin",
+            "-Werror=all-warnings",
+        ]
+        made[number] = (call(nvcc, *flags, CSRC / "eman_update.cu", "-o", cubin).stderr, cubin)
+    return made
+
+
+def test_compiles_for_every_architecture_without_spills_or_a_stack_frame(cubins):
+    assert {75, 80, 90} <= set(cubins)
+    registers = {}
+    for arch, (report, _) in cubins.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, f"sm_{arch}: {report}"
+        registers[arch] = int(re.search(r"Used (\d+) registers", report)[1])
+    print("registers:", registers)
+    # 40 leave room for 6 blocks of 256 threads on an SM of 64 K registers; 32 would be all 8.
+    assert max(registers[80], registers[90]) <= 40
+    assert max(registers.values()) <= 48
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_accesses_are_global_and_16_bytes_wide(cubins, arch):
+    sass = call(tool("cuobjdump"), "-sass", cubins[arch][1]).stdout
+    accesses = re.findall(r"\b((?:LD|ST)G?[A-Z]*(?:\.[A-Z0-9_]+)*)\b", sass)
+    counts = {name: accesses.count(name) for name in set(accesses)}
+    print(f"sm_{arch}:", dict(sorted(counts.items())))
+
+    def count(start, *parts):
+        return sum(n for name, n in counts.items() if name.startswith(start) and all(p in name for p in parts))
+
+    assert count("LD.") == count("ST.") == 0, "generic accesses"
+    assert count("LDL") == count("STL") == 0, "local memory"
+    # Teachers of 16 bytes: 6 of the 8 averages and all 4 copies; the two others (half <- float) store 8.
+    assert count("STG", ".128") >= 10
+    assert count("STG", ".64") >= 2
+    # Students likewise: 6 of 8 (float <- half reads 8) and the copies; never through the coherent path.
+    assert count("LDG", ".128", "CONSTANT") >= 10
+    # Teachers are read for the averages alone: 6 of 16 bytes.
+    assert sum(n for name, n in counts.items() if re.match(r"LDG.*\.128$", name)) >= 6
+
+
+# ---------------------------------------------------------------- the extension and the wheel
+
+
+def test_the_extension_has_nothing_of_torch_in_it():
+    if extension.missing:
+        pytest.skip(extension.missing)
+    symbols = call(tool("nm"), "-D", extension.C.__file__).stdout
+    assert "PyInit__C" in symbols
+    assert not re.search(r"\b_ZNK?(2at|3c10|5torch)|\b(THP|aoti_|torch_)", symbols)
+    needed = call(tool("objdump"), "-p", extension.C.__file__).stdout
+    libraries = {name.split(".so")[0] for name in re.findall(r"NEEDED\s+(\S+)", needed)}
+    assert libraries <= {
+        "libstdc++",
+        "libgomp",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "ld-linux-x86-64",
+        "libpthread",
+        "libdl",
+        "librt",
+    }
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    call(sys.executable, "-m", "build", "--sdist", "--outdir", out, ROOT)
+    (made,) = out.glob("*.tar.gz")
+    return made
+
+
+def wheel_of(sdist, out, **env):
+    done = call(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, sdist, env=os.environ | env)
+    (made,) = out.glob("*.whl")
+    return made, re.findall(r"eman_kernels: (?:CPU|CUDA|no) .*", done.stdout + done.stderr)
+
+
+def report_of(wheel, folder):
+    """What `python -m eman_kernels` says, of this wheel and nothing of an editable install."""
+    call(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel)
+    script = (
+        "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        "runpy.run_module('eman_kernels', run_name='__main__')"
+    )
+    return call(sys.executable, "-c", script, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder).stdout
+
+
+def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_path):
+    """Without torch there: the build requirements are all that is installed."""
+    wheel, lines = wheel_of(sdist, tmp_path)
+    assert wheel.stat().st_size < 5_000_000
+    extensions = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("eman_kernels/_C.")]
+    assert len(extensions) == (0 if extension.missing else 1)
+    said = report_of(wheel, tmp_path / "site")
+    assert str(tmp_path) in said
+    assert "self-check: passed" in said
+    print(*lines, wheel.name, f"{wheel.stat().st_size / 1e6:.2f} MB", sep="\n")
+    if shutil.which("nvcc") and shutil.which("g++"):
+        assert any(line.startswith("eman_kernels: CUDA kernel: on: nvcc") for line in lines), lines
+
+
+def test_without_a_compiler_the_package_installs_and_works(sdist, tmp_path):
+    wheel, lines = wheel_of(sdist, tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
+    assert not any("_C." in name for name in zipfile.ZipFile(wheel).namelist())
+    assert "no compiled extension: no C++ compiler was found" in lines[0]
+    said = report_of(wheel, tmp_path / "site")
+    assert re.search(r"cpu\s+not available: the compiled extension is not in this installation", said), said
+    assert re.search(r"foreach\s+available", said)
+    assert "self-check: passed" in said
+
+
+# ---------------------------------------------------------------- CMake's decisions
+
+
+def configure(folder, **definitions):
+    definitions |= {
+        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "Python_EXECUTABLE": sys.executable,
+    }
+    env = os.environ | {name: definitions.pop(name) for name in ("CXX", "CUDA_HOME") if name in definitions}
+    command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-G", "Ninja", "-S", CSRC, "-B", folder]
+    done = call(*command, *(f"-D{name}={value}" for name, value in definitions.items()), env=env, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_cuda_off(tmp_path):
+    if extension.missing:
+        pytest.skip(extension.missing)
+    status, said = configure(tmp_path, EMAN_CUDA="off")
+    assert status == 0
+    assert "eman_kernels: CUDA kernel: off: EMAN_KERNELS_CUDA=off" in said
+
+
+def test_cuda_on_fails_with_the_reason(tmp_path):
+    broken = tmp_path / "cuda" / "bin" / "nvcc"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    if not extension.missing:
+        status, said = configure(tmp_path / "a", EMAN_CUDA="auto", CUDA_HOME=str(tmp_path / "cuda"))
+        assert status == 0
+        assert re.search(r"CUDA kernel: off: \S+/cuda/bin/nvcc does not compile with", said), said
+        status, said = configure(tmp_path / "b", EMAN_CUDA="on", CUDA_HOME=str(tmp_path / "cuda"))
+        assert status != 0
+        assert re.search(r"EMAN_KERNELS_CUDA=on, but the CUDA kernels are off:\s+\S+/nvcc\s+does not compile", said), (
+            said
+        )
+    status, said = configure(tmp_path / "c", EMAN_CUDA="on", CXX="no-such-compiler")
+    assert status != 0
+    assert re.search(r"EMAN_KERNELS_CUDA=on, but no extension can be built: no C\+\+ compiler", said), said
+    status, said = configure(tmp_path / "d", EMAN_CUDA="yes")
+    assert status != 0
+    assert "EMAN_KERNELS_CUDA must be auto, on or off, and is 'yes'" in said
+
+
+def test_architectures_as_torch_lists_them(tmp_path):
+    if extension.missing or not extension.C.has_cuda:
+        pytest.skip(extension.missing or extension.C.cuda_status)
+    status, said = configure(tmp_path / "a", EMAN_ARCH_LIST="8.0 9.0a;10.0+PTX")
+    assert status == 0
+    assert re.search(r"CUDA kernel: on: nvcc [\d.]+, sm 80 90a 100\n", said), said
+    status, said = configure(tmp_path / "b", EMAN_ARCH_LIST="Hopper")
+    assert status != 0
+    assert "TORCH_CUDA_ARCH_LIST: 'Hopper' is not like 9.0 or 9.0+PTX" in said

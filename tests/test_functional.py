@@ -1,0 +1,238 @@
+"""eman_update_ and ema_update_: against the published loop, what they remember, and their errors."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_same_bits, lerp
+from torch import nn
+
+import eman_kernels
+from eman_kernels import ema_update_, eman_update_, functional, plan_for
+
+
+def perturbed(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for tensor in [*other.parameters(), *other.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * 0.05)
+            else:
+                tensor.add_(900)
+    return other
+
+
+@pytest.mark.parametrize("backend", ["cpu", "foreach", "reference"])
+def test_a_whole_resnet_against_torch_lerp_and_the_published_formula(backend):
+    if reason := eman_kernels.available_backends()[backend]:
+        pytest.skip(reason)
+    teacher = torchvision.models.resnet50().requires_grad_(False)
+    student = perturbed(teacher)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    eman_update_(teacher, student, 0.999, backend=backend)
+    followed = student.state_dict()
+    for name, tensor in teacher.state_dict().items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, followed[name])
+            continue
+        assert_same_bits(tensor, lerp(before[name], followed[name], 0.999), name)
+        published = before[name] * 0.999 + followed[name] * (1.0 - 0.999)
+        ulp = torch.finfo(torch.float32).eps * torch.maximum(before[name].abs(), followed[name].abs())
+        assert ((tensor - published).abs() <= ulp).all(), f"{name}: more than about an ulp from the published loop"
+    if backend == "cpu":
+        assert "320 tensors" in plan_for(teacher, student).describe()
+        assert not plan_for(teacher, student).ineligible
+
+
+def test_the_published_loop_drifts_where_this_update_rests():
+    """A teacher that equals its student: m t + (1 - m) s moves many elements, t + (1 - m)(s - t) none."""
+    student = torch.rand(100_000) + 0.5
+    teacher = student.clone()
+    ema_update_([teacher], [student], 0.999)
+    assert torch.equal(teacher, student)
+    published = student * torch.tensor(0.999) + student * torch.tensor(1 - 0.999)
+    assert (published != student).float().mean() > 0.1
+
+
+def test_closed_form_after_k_steps():
+    teacher, student = torch.zeros(1000, dtype=torch.float64), torch.ones(1000, dtype=torch.float64)
+    for k in range(1, 101):
+        ema_update_([teacher], [student], 0.97)
+        torch.testing.assert_close(teacher, torch.full_like(teacher, 1 - 0.97**k), rtol=1e-13, atol=0)
+
+
+def test_networks_and_their_plan_are_not_kept_alive():
+    teacher, student = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)
+    eman_update_(teacher, student, 0.5)
+    plan = weakref.ref(plan_for(teacher, student))
+    weight = weakref.ref(student.weight)
+    del student
+    gc.collect()
+    assert weight() is None
+    assert plan() is None
+    other = nn.Linear(3, 3)
+    eman_update_(teacher, other, 0.5)
+    plan = weakref.ref(plan_for(teacher, other))
+    del teacher
+    gc.collect()
+    assert plan() is None
+
+
+def test_lists_are_not_kept_alive():
+    teacher, student = torch.zeros(3), torch.ones(3)
+    ema_update_([teacher], [student], 0.5)
+    alive = weakref.ref(teacher)
+    entries = len(functional._lists)
+    del teacher
+    gc.collect()
+    assert alive() is None
+    assert len(functional._lists) == entries - 1
+
+
+def test_a_list_remembers_its_plan(monkeypatch):
+    plans = []
+    monkeypatch.setattr(functional, "Plan", lambda *args: plans.append(real(*args)) or plans[-1])
+    real = eman_kernels.plan.Plan
+    teachers, students = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
+    for _ in range(3):
+        ema_update_(teachers, students, 0.5)
+    assert len(plans) == 1
+    ema_update_(teachers, students[::1], 0.5, backend="reference")
+    students[1] = torch.full((4,), 2.0)
+    ema_update_(teachers, students, 0.0)
+    ema_update_(teachers[:1], students[:1], 0.0)
+    assert len(plans) == 4
+    assert teachers[1].tolist() == [2.0] * 4
+
+
+def test_one_teacher_of_two_students_and_two_teachers_of_one():
+    students = [nn.Linear(2, 2) for _ in range(2)]
+    teachers = [copy.deepcopy(students[0]).requires_grad_(False) for _ in range(2)]
+    for teacher in teachers:
+        for student in students:
+            eman_update_(teacher, student, 0.0)
+            assert torch.equal(teacher.weight, student.weight)
+
+
+def test_options_of_one_pair_may_change():
+    teacher, student = nn.BatchNorm1d(3).requires_grad_(False), nn.BatchNorm1d(3)
+    student.running_mean.fill_(8.0)
+    rules = {"running_mean": "skip"}
+    eman_update_(teacher, student, 0.5, rules=rules)
+    assert teacher.running_mean.tolist() == [0.0] * 3
+    rules["running_mean"] = "ema"
+    eman_update_(teacher, student, 0.5, rules=rules)
+    assert teacher.running_mean.tolist() == [4.0] * 3
+    eman_update_(teacher, student, 0.5, buffers="copy")
+    assert teacher.running_mean.tolist() == [8.0] * 3
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0001, float("nan"), float("inf")])
+def test_momentum_out_of_range(momentum):
+    teacher, student = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\]"):
+        ema_update_([teacher], [student], momentum)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\]"):
+        eman_update_(nn.Linear(1, 1), nn.Linear(1, 1), momentum)
+    assert (teacher == 0).all()
+
+
+def test_momentum_that_is_no_number():
+    with pytest.raises(TypeError, match=r"a number in .*not a Tensor"):
+        ema_update_([torch.zeros(1)], [torch.ones(1)], torch.tensor(0.5))
+
+
+def test_requires_grad():
+    teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = teacher.weight.clone()
+    with pytest.raises(RuntimeError, match=r"weight: the teacher requires grad.*no_grad"):
+        eman_update_(teacher, student, 0.5)
+    assert torch.equal(teacher.weight, before)
+    with torch.no_grad():
+        eman_update_(teacher, student, 0.0)
+    assert torch.equal(teacher.weight, student.weight)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        eman_update_(teacher, student, 0.5)
+
+
+def test_autograd_notices_the_update():
+    """A backward pass that needs the old teacher raises, as after any in-place operation of torch."""
+    teacher, student = torch.randn(3), torch.randn(3)
+    x = torch.randn(3, requires_grad=True)
+    loss = (x * teacher).sum()
+    ema_update_([teacher], [student], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode():
+    teacher, student = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    with torch.inference_mode():
+        eman_update_(teacher, student, 0.0, backend="foreach")
+        made_there = torch.zeros(3)
+        ema_update_([made_there], [torch.ones(3)], 0.5)
+    assert torch.equal(teacher.weight, student.weight)
+    with torch.no_grad():
+        student.weight.fill_(3.0)
+    eman_update_(teacher, student, 0.0, backend="foreach")
+    assert (teacher.weight == 3).all()
+    assert (made_there == 0.5).all()
+
+
+def test_the_same_module_or_shared_memory():
+    net = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"the same module.*deepcopy"):
+        eman_update_(net, net, 0.5)
+    shallow = copy.copy(net)
+    with pytest.raises(ValueError, match="share memory"):
+        eman_update_(shallow, net, 0.5)
+
+
+def test_lists_of_different_length_or_shape():
+    with pytest.raises(ValueError, match="2 teacher tensors and 1 student tensors"):
+        ema_update_([torch.zeros(1), torch.zeros(1)], [torch.ones(1)], 0.5)
+    with pytest.raises(ValueError, match="0 teacher tensors and 1 student"):
+        ema_update_([], [torch.ones(1)], 0.5)
+    with pytest.raises(ValueError, match=r"teacher_tensors\[1\]: the teacher's shape is \(2,\), the student's \(3,\)"):
+        ema_update_([torch.zeros(1), torch.zeros(2)], [torch.ones(1), torch.ones(3)], 0.5)
+    ema_update_([], [], 0.5)
+
+
+def test_no_walk_and_no_state_dict_in_a_step(monkeypatch):
+    """From the second update on, nothing walks the module tree and no operation of torch runs."""
+    teacher, student = torchvision.models.resnet18().requires_grad_(False), torchvision.models.resnet18()
+    eman_update_(teacher, student, 0.9)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a step walked the module tree")
+
+    for name in ("named_modules", "state_dict", "named_parameters", "named_buffers", "parameters", "buffers"):
+        monkeypatch.setattr(nn.Module, name, forbidden)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        eman_update_(teacher, student, 0.9)
+    if eman_kernels.available_backends()["cpu"] is None:
+        assert [event.key for event in profile.key_averages() if event.key.startswith("aten::")] == []
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile tries what warns, and hides it
+def test_inside_compiled_code():
+    teacher, student = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    keeper = eman_kernels.EMANTeacher(student, momentum=0.0)
+
+    @torch.compile(backend="eager")
+    def step(x):
+        y = student(x).sum() * 2
+        eman_update_(teacher, student, 0.0)
+        keeper.update(student)
+        return y + 1
+
+    for k in range(3):
+        with torch.no_grad():
+            student.weight.fill_(float(k))
+        step(torch.ones(2, 4))
+        assert (teacher.weight == k).all()
+        assert (keeper.module.weight == k).all()
+    assert keeper.step == 3

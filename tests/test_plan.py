@@ -1,0 +1,323 @@
+"""The chunk table's properties, which pairs get into it, and that no stale address is written through."""
+
+import copy
+import tracemalloc
+
+import pytest
+import torch
+from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from eman_kernels import backends, ema_update_, eman_update_, plan_for
+from eman_kernels.backends import extension, reference
+from eman_kernels.pairing import Pair, pair_lists
+from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, PAIR_CODES, VECTOR16, Plan, Work
+
+numels = st.one_of(st.integers(0, 40), st.integers(CHUNK_SIZE - 9, CHUNK_SIZE + 9), st.integers(0, 5 * CHUNK_SIZE))
+dtypes = st.sampled_from([*EMA_PAIRS, *((dtype, dtype) for dtype in COPY_DTYPES)])
+sizes = st.lists(st.tuples(numels, dtypes, st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
+
+
+def records(table):
+    """The table's rows, unpacked as csrc/chunk.h declares them."""
+    for teacher, student, reserved, packed in table.tolist():
+        yield teacher, student, reserved, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, packed >> 48
+
+
+@given(sizes)
+@settings(max_examples=200, deadline=None)
+def test_every_element_lies_in_exactly_one_chunk(cases):
+    pairs = []
+    for i, (numel, (teacher, student), *offsets) in enumerate(cases):
+        t, s = (torch.empty(numel + o, dtype=d)[o:] for d, o in zip((teacher, student), offsets, strict=True))
+        pairs.append(Pair(str(i), t, s, "ema" if teacher.is_floating_point else "copy"))
+    work = Work(torch.device("cpu"), reference, [pair for pair in pairs if pair.teacher.numel()])
+    if not work.pairs:
+        return
+    covered = {}
+    lengths = []
+    for teacher, student, reserved, numel, code, flags in records(work.table):
+        assert reserved == 0
+        assert 1 <= numel <= CHUNK_SIZE
+        assert flags == (VECTOR16 if teacher % 16 == 0 and student % 16 == 0 else 0)
+        lengths.append(numel)
+        covered.setdefault(code, []).append((teacher, student, numel))
+    assert lengths == sorted(lengths, reverse=True)
+    expected = {}
+    for pair in work.pairs:
+        code = PAIR_CODES.get((pair.rule, pair.teacher.dtype, pair.student.dtype))
+        code = COPY_CODES[pair.teacher.element_size()] if code is None else code
+        t_bytes, s_bytes = pair.teacher.element_size(), pair.student.element_size()
+        for first in range(0, pair.teacher.numel(), CHUNK_SIZE):
+            n = min(CHUNK_SIZE, pair.teacher.numel() - first)
+            expected.setdefault(code, []).append(
+                (pair.teacher.data_ptr() + first * t_bytes, pair.student.data_ptr() + first * s_bytes, n)
+            )
+    assert {code: sorted(rows) for code, rows in covered.items()} == {c: sorted(rows) for c, rows in expected.items()}
+
+
+def test_codes_and_layout_are_those_of_chunk_h():
+    if extension.missing:
+        pytest.skip(extension.missing)
+    C = extension.C
+    names = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "double"}
+    mine = {f"{names[teacher]}<-{names[student]}": code for (_, teacher, student), code in PAIR_CODES.items()}
+    mine |= {f"uint{8 * width}_t": code for width, code in COPY_CODES.items()}
+    assert mine == C.pair_codes
+    assert (C.chunk_bytes, C.chunk_size) == (32, CHUNK_SIZE)
+
+
+def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
+    teacher, student = torch.zeros(10_000_000), torch.ones(10_000_000)
+    ema_update_([teacher], [student], 0.5)
+    tracemalloc.start()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ema_update_([teacher], [student], 0.5)
+    tracemalloc.stop()
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) == 0
+    (work,) = Plan(pair_lists([teacher], [student])).works
+    assert work.table.nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
+
+
+# ---------------------------------------------------------------- pairs that the kernels do not take
+
+
+def ineligible_pairs():
+    t = torch.arange(24.0).reshape(4, 6)
+    yield "strides", t.clone(), (t * 2).t().contiguous().t()
+    yield "dense", torch.zeros(4, 12)[:, ::2], torch.ones(4, 12)[:, ::2]
+    yield "no kernel", t.clone(), t.double() * 2
+    yield "no kernel", t.to(torch.float8_e4m3fn), (t * 2).to(torch.float8_e4m3fn)
+    yield "no kernel", torch.zeros(5, dtype=torch.complex64), torch.ones(5, dtype=torch.complex64) * (1 + 2j)
+    yield "no kernel", torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int32)
+    yield "strides", torch.zeros(4, 6), torch.ones(1, 6).expand(4, 6)
+    yield "conjugate", torch.zeros(5, dtype=torch.complex64).conj().imag, torch.ones(5)
+    yield "element size", torch.zeros(41, dtype=torch.uint8)[1:].view(torch.int8)[:40], torch.ones(40, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("why", "teacher", "student"), list(ineligible_pairs())[:-1])
+def test_an_ineligible_pair_is_updated_by_the_reference_in_the_same_call(why, teacher, student):
+    easy_t, easy_s = torch.zeros(100), torch.ones(100)
+    want = teacher.clone()
+    reference.update(want, student, "ema" if teacher.dtype != torch.int64 else "copy", 0.25)
+    plan = Plan(pair_lists([easy_t, teacher], [easy_s, student]), None)
+    assert why in plan.describe()
+    assert "teacher_tensors[1]" in plan.describe()
+    ema_update_([easy_t, teacher], [easy_s, student], 0.75)
+    assert torch.equal(teacher.to(torch.complex128), want.to(torch.complex128))
+    assert torch.equal(easy_t, torch.full((100,), 0.25))
+
+
+def test_dense_layouts_take_the_fast_path():
+    layouts = {
+        "contiguous": torch.randn(2, 3, 4, 5),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(6, 4).t(),
+        "one by one": torch.randn(8, 3, 1, 1).to(memory_format=torch.channels_last),
+    }
+    students = {name: torch.randn_like(tensor) for name, tensor in layouts.items()}
+    students["one by one"] = torch.randn(8, 3, 1, 1)  # its strides differ where they do not matter
+    plan = Plan(pair_lists(list(layouts.values()), list(students.values())))
+    assert not plan.ineligible
+    for name, tensor in layouts.items():
+        want = lerp(tensor, students[name], 0.9)
+        ema_update_([tensor], [students[name]], 0.9)
+        assert_same_bits(tensor, want, name)
+
+
+def test_a_channels_last_teacher_of_a_contiguous_student_does_not_mix_elements():
+    student = torch.randn(2, 3, 4, 5)
+    teacher = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    want = lerp(teacher, student, 0.9)
+    ema_update_([teacher], [student], 0.9)
+    assert_same_bits(teacher, want)
+
+
+# ---------------------------------------------------------------- addresses that move
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.ReLU(), nn.Linear(8, 4)))
+
+
+def replace_layer(model):
+    model[2][1] = nn.Linear(8, 4)
+
+
+def load_assign(model):
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def set_data(model):
+    model[0].weight.data = model[0].weight.data + 1
+
+
+def set_storage(model):
+    with torch.no_grad():
+        model[0].weight.set_(torch.randn(8, 3, 3, 3))
+
+
+def to_double(model):
+    model.double()
+
+
+def to_channels_last(model):
+    model.to(memory_format=torch.channels_last)
+
+
+def replace_buffer(model):
+    model[1].running_mean = torch.randn(8)
+
+
+def replace_counter_by_an_equal_one(model):
+    model[1].num_batches_tracked = model[1].num_batches_tracked.clone()
+
+
+def swap_storage_twice(model):
+    for _ in range(2):
+        model[0].weight.data = torch.randn(8, 3, 3, 3)
+
+
+def add_buffer(model):
+    model[2][0].register_buffer("late", torch.randn(3))
+
+
+MOVES = [replace_layer, load_assign, set_data, set_storage, to_double, to_channels_last, replace_buffer,
+         replace_counter_by_an_equal_one, swap_storage_twice]  # fmt: skip
+
+
+def assert_follows(teacher, student):
+    """One update, seen in the tensors that the networks have now."""
+    for module in (teacher, student):
+        for tensor in module.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) * 100)
+    want = {}
+    for (name, t), s in zip(teacher.state_dict().items(), student.state_dict().values(), strict=True):
+        want[name] = lerp(t, s, 0.7) if t.is_floating_point() else s.clone()
+    with torch.no_grad():
+        eman_update_(teacher, student, 0.7)
+    for name, tensor in teacher.state_dict().items():
+        assert_same_bits(tensor, want[name], name)
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_moved(move, who):
+    teacher, student = net(), net()
+    assert_follows(teacher, student)
+    plan = plan_for(teacher, student)
+    if who != "student":
+        move(teacher)
+    if who != "teacher":
+        move(student)
+    assert_follows(teacher, student)
+    assert plan_for(teacher, student) is not plan
+    plan = plan_for(teacher, student)
+    assert_follows(teacher, student)
+    assert plan_for(teacher, student) is plan
+
+
+def test_a_tensor_added_to_both_is_followed():
+    teacher, student = net(), net()
+    assert_follows(teacher, student)
+    for module in (teacher, student):
+        add_buffer(module)
+    assert_follows(teacher, student)
+    del teacher[2][0].late, student[2][0].late
+    assert_follows(teacher, student)
+
+
+def test_load_state_dict_in_place_keeps_the_plan():
+    teacher, student = net(), net()
+    assert_follows(teacher, student)
+    plan = plan_for(teacher, student)
+    teacher.load_state_dict(copy.deepcopy(student.state_dict()))
+    assert_follows(teacher, student)
+    assert plan_for(teacher, student) is plan
+
+
+def test_memory_of_a_plan_cannot_be_reused_while_its_addresses_are_believed():
+    """The plan holds the old memory: another tensor cannot come to lie there and pass for the old one."""
+    teacher, student = torch.zeros(1000), torch.ones(1000)
+    plan = Plan(pair_lists([teacher], [student]))
+    address = teacher.data_ptr()
+    teacher.data = torch.zeros(3)
+    others = [torch.zeros(1000) for _ in range(50)]
+    assert address not in [other.data_ptr() for other in others]
+    assert plan.moved([teacher, student])
+
+
+# ---------------------------------------------------------------- memory that is not the teacher's own
+
+
+def test_shared_memory_is_an_error_and_nothing_is_written():
+    memory = torch.zeros(100)
+    before = memory.clone()
+    other = torch.ones(30)
+    for teacher, student, words in [
+        ([memory[:30]], [memory[20:50]], "share memory"),
+        ([memory[:30]], [memory[:30]], "share memory"),
+        ([memory[:30], memory[20:50]], [other, other], "share memory"),
+        ([memory[:1].expand(30)], [other], "expanded or overlapping"),
+        ([memory.as_strided((10, 3), (1, 1))], [torch.ones(10, 3)], "expanded or overlapping"),
+        ([memory[:30], memory[:30]], [other, other + 1], "ties"),
+    ]:
+        with pytest.raises(ValueError, match=words) as error:
+            ema_update_(teacher, student, 0.5)
+        assert "teacher_tensors[" in str(error.value)
+        assert torch.equal(memory, before)
+
+
+def test_tied_tensors_are_updated_once():
+    teacher, student = torch.zeros(10), torch.ones(10)
+    ema_update_([teacher, teacher], [student, student], 0.5)
+    assert torch.equal(teacher, torch.full((10,), 0.5))
+
+
+def test_neighbours_and_students_that_overlap_are_fine():
+    memory, student = torch.zeros(20), torch.ones(15)
+    ema_update_([memory[:10], memory[10:]], [student[:10], student[5:]], 0.5)
+    assert torch.equal(memory, torch.full((20,), 0.5))
+
+
+# ---------------------------------------------------------------- choosing a backend
+
+
+def test_a_backend_asked_for_by_name_raises_with_the_reason(monkeypatch):
+    t, s = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot update tensors on cpu: it updates CUDA tensors only"):
+        ema_update_([t], [s], 0.5, backend="cuda")
+    with pytest.raises(ValueError, match="backend='fast' is none of auto, cuda"):
+        ema_update_([t], [s], 0.5, backend="fast")
+    monkeypatch.setenv("EMAN_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="EMAN_KERNELS_BACKEND='fast' is none of"):
+        ema_update_([t], [s], 0.5)
+    assert torch.equal(t, torch.zeros(3))
+
+
+def test_argument_then_environment_then_auto(monkeypatch):
+    teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
+    teacher.requires_grad_(False)
+
+    def used(**kwargs):
+        eman_update_(teacher, student, 0.5, **kwargs)
+        return plan_for(teacher, student).works[0].backend.NAME
+
+    auto = "foreach" if extension.missing else "cpu"
+    assert used() == used(backend="auto") == auto
+    monkeypatch.setenv("EMAN_KERNELS_BACKEND", "reference")
+    assert used() == "reference"
+    assert used(backend="foreach") == "foreach"
+    assert used(backend="auto") == auto
+
+
+def test_without_the_extension_auto_falls_back_and_the_name_raises(monkeypatch):
+    monkeypatch.setattr("eman_kernels.backends.cpu.missing", "the compiled extension is not in this installation")
+    teacher, student = torch.zeros(3), torch.ones(3)
+    assert backends.choose(torch.device("cpu"), None).NAME == "foreach"
+    ema_update_([teacher], [student], 0.5)
+    assert torch.equal(teacher, torch.full((3,), 0.5))
+    with pytest.raises(RuntimeError, match="compiled extension is not in this installation"):
+        ema_update_([teacher], [student], 0.5, backend="cpu")

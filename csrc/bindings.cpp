@@ -9,6 +9,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
+  m.def("prefetch", &eman::prefetch, py::arg("addresses"), py::arg("n"));
   m.def("update_cpu", &eman::update_cpu, py::arg("chunks"), py::arg("n_chunks"), py::arg("weight"), py::arg("threads"),
         without_gil);
 #if defined(EMAN_WITH_CUDA)

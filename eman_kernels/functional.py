@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
-from .pairing import Pair, Rule, Watch, pair_lists, pair_modules
+from .pairing import Rule, Watch, pair_lists, pair_modules
 from .plan import Plan
 
 
@@ -26,7 +26,7 @@ class _Followed:
     plan: Plan
 
     def holds(self, options: tuple[object, ...]) -> bool:
-        return self.options == options and not self.watch.changed() and not self.plan.moved(self.tensors)
+        return self.options == options and not self.plan.moved(self.tensors) and not self.watch.changed()
 
 
 # teacher -> student -> _Followed. Weak in both, so that a plan never keeps a network alive.
@@ -70,7 +70,7 @@ def eman_update_(
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
-    weight = _weight(momentum)
+    weight = weight_of(momentum)
     options = (rules, buffers, backends.requested(backend))
     students = _followed.setdefault(teacher, WeakKeyDictionary())
     followed = students.get(student)
@@ -93,7 +93,7 @@ def ema_update_(
         student_tensors: as many tensors of the same shapes.
         momentum, backend: as in ``eman_update_``; so are the errors.
     """
-    weight = _weight(momentum)
+    weight = weight_of(momentum)
     backend = backends.requested(backend)
     if not teacher_tensors and not student_tensors:
         return
@@ -122,19 +122,17 @@ def _follow(teacher: nn.Module, student: nn.Module, options: tuple) -> _Followed
         raise ValueError("teacher and student are the same module; the teacher must be a copy.deepcopy of the student")
     rules, buffers, backend = options
     pairs = pair_modules(teacher, student, rules, buffers)
+    watch = Watch(teacher, student)
     return _Followed(
         options=(dict(rules) if rules is not None else None, buffers, backend),
-        watch=Watch(teacher, student),
-        tensors=_in_turn(pairs),
-        plan=Plan(pairs, backend),
+        watch=watch,
+        tensors=[tensor for pair in pairs for tensor in (pair.teacher, pair.student)],
+        plan=Plan(pairs, backend, also_read=watch.objects()),
     )
 
 
-def _in_turn(pairs: list[Pair]) -> list[Tensor]:
-    return [tensor for pair in pairs for tensor in (pair.teacher, pair.student)]
-
-
-def _weight(momentum: float) -> float:
+def weight_of(momentum: float) -> float:
+    """1 - momentum. Raises TypeError or ValueError unless it is a number in [0, 1]."""
     if not isinstance(momentum, Real):
         raise TypeError(f"momentum must be a number in [0, 1], not a {type(momentum).__name__}")
     if not 0 <= momentum <= 1:

@@ -51,6 +51,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def check_rules(rules: Mapping[str, Rule], buffers: Rule) -> None:
+    """Raises ValueError for a rule that is none."""
+    for pattern, rule in [*rules.items(), ("buffers", buffers)]:
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r} for {pattern!r}: it must be one of {', '.join(RULES)}")
+
+
 def pair_modules(
     teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None = None, buffers: Rule = "ema"
 ) -> list[Pair]:
@@ -61,9 +68,7 @@ def pair_modules(
     Raises ValueError with every difference between the two networks in one message.
     """
     rules = rules or {}
-    for pattern, rule in [*rules.items(), ("buffers", buffers)]:
-        if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r} for {pattern!r}: it must be one of {', '.join(RULES)}")
+    check_rules(rules, buffers)
     teachers, students = named_tensors(teacher), named_tensors(student)
     is_buffer = {id(tensor) for tensor in chain(teacher.buffers(), student.buffers())}
 
@@ -157,8 +162,11 @@ class Watch:
 
     def __init__(self, *roots: nn.Module) -> None:
         modules = [module for root in roots for module in root.modules()]
+        held = [own for m in modules for own in (m._parameters, m._buffers, m._modules)]
+        self._empty = [own for own in held if not own]
+        self._full = [own for own in held if own]
         # Views are live: each iteration sees what the dict holds then.
-        self._views = [held.values() for m in modules for held in (m._parameters, m._buffers, m._modules)]
+        self._views = [own.values() for own in self._full]
         self._seen = list(self._held())
 
     def _held(self) -> Iterable[object]:
@@ -166,4 +174,8 @@ class Watch:
         return chain(chain.from_iterable(self._views), (Watch,))
 
     def changed(self) -> bool:
-        return not all(map(is_, self._held(), self._seen))
+        return any(self._empty) or not all(map(is_, self._held(), self._seen))
+
+    def objects(self) -> list[object]:
+        """What `changed` reads."""
+        return [*self._empty, *self._full, *self._views]

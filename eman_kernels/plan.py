@@ -1,6 +1,7 @@
 """Pairs -> the table of chunks. The only room that knows addresses; it notices when they move."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .backends import reference
+from .backends import extension, reference
 from .pairing import Pair
 
 # csrc/chunk.h, in Python's words.
@@ -73,11 +74,15 @@ class Plan:
     tensor objects, so that they can die.
     Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
     that was asked for cannot do the work.
+
+    also_read: objects that the caller looks at in each step, after `moved`.
     """
 
-    def __init__(self, pairs: list[Pair], backend: str | None = None) -> None:
-        self._with_address = [_is_plain(tensor) for pair in pairs for tensor in (pair.teacher, pair.student)]
-        self._addresses = self._addresses_of([tensor for pair in pairs for tensor in (pair.teacher, pair.student)])
+    def __init__(self, pairs: list[Pair], backend: str | None = None, also_read: Iterable[object] = ()) -> None:
+        tensors = [tensor for pair in pairs for tensor in (pair.teacher, pair.student)]
+        self._with_address = list(map(_is_plain, tensors))
+        self._addresses = self._addresses_of(tensors)
+        self._lines = _lines(list(compress(tensors, self._with_address)), also_read)
         self.names = [pair.name for pair in pairs]
         # Inference mode would make aliases that cannot be written once it has ended.
         with torch.inference_mode(False):
@@ -111,6 +116,10 @@ class Plan:
 
     def moved(self, tensors: list[Tensor]) -> bool:
         """Whether one lies elsewhere than when the plan was made. tensors: teacher, student, teacher, student ..."""
+        # A training step has driven these objects from the cache. Fetched together they cost a third of what they cost
+        # when each waits for the one before.
+        if extension.C is not None:
+            extension.C.prefetch(self._lines.data_ptr(), len(self._lines))
         return self._addresses_of(tensors) != self._addresses
 
     def run(self, weight: float) -> None:
@@ -159,6 +168,14 @@ def ineligible(pair: Pair) -> str | None:
     if teacher.data_ptr() % teacher.element_size() or student.data_ptr() % student.element_size():
         return "its address is not a multiple of its element size"
     return None
+
+
+def _lines(tensors: list[Tensor], others: Iterable[object]) -> Tensor:
+    """Addresses of the cache lines that a data_ptr of these tensors and a look at the others touch. Hints, no more."""
+    lines = [id(thing) for thing in (*tensors, *others)]
+    for tensor in tensors:
+        lines += [tensor._cdata, tensor._cdata + 64, tensor._cdata + 128, tensor.untyped_storage()._cdata]
+    return torch.tensor(lines, dtype=torch.int64)
 
 
 def _is_plain(tensor: Tensor) -> bool:

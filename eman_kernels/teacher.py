@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .backends import requested
-from .functional import _weight, eman_update_
-from .pairing import RULES, Rule, unwrap
+from .functional import eman_update_, weight_of
+from .pairing import Rule, check_rules, unwrap
 
 
 class EMANTeacher(nn.Module):
@@ -52,13 +52,11 @@ class EMANTeacher(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for pattern, rule in [*(rules or {}).items(), ("buffers", buffers)]:
-            if rule not in RULES:
-                raise ValueError(f"unknown rule {rule!r} for {pattern!r}: it must be one of {', '.join(RULES)}")
+        check_rules(rules or {}, buffers)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, and is {dtype}")
         if not callable(momentum):
-            _weight(momentum)
+            weight_of(momentum)
         requested(backend)
         self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
         if dtype is not None:

@@ -44,6 +44,6 @@ def run(work, weight: float) -> None:
     C.update_cuda(work.table.data_ptr(), len(work.table), weight, work.device.index, stream.cuda_stream)
     if torch.cuda.is_current_stream_capturing():
         _captured_tables.append(work.table)
-    elif stream != torch.cuda.default_stream(work.device):
-        # The table was made on another stream, perhaps: its memory must not be given away under our kernel.
+    else:
+        # The plan may go while the kernel waits on a stream that the table was not made on: its memory has to stay.
         work.table.record_stream(stream)

@@ -1,0 +1,227 @@
+"""What only a GPU shows: streams, devices, synchronisation, graphs, launches. The bits are in test_backends.py."""
+
+import copy
+import types
+
+import pytest
+import torch
+import torchvision
+from conftest import assert_same_bits, lerp
+from torch import nn
+
+import eman_kernels
+from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
+from eman_kernels.backends import cuda
+
+SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
+
+
+@pytest.fixture(params=["cuda"])
+def backend(request):
+    """The one-launch backends of a GPU."""
+    if reason := eman_kernels.available_backends()[request.param]:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+def pair(elements=100_003, device="cuda"):
+    return torch.randn(elements, device=device), torch.randn(elements, device=device)
+
+
+@pytest.mark.cuda
+def test_a_whole_resnet_in_one_launch(backend):
+    student = torchvision.models.resnet50().cuda()
+    teacher = EMANTeacher(student, momentum=0.99, backend=backend)
+    student.train()(torch.randn(4, 3, 64, 64, device="cuda"))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before = copy.deepcopy(teacher.module.state_dict())
+    teacher.update(student)
+    for name, tensor in teacher.module.state_dict().items():
+        want = student.state_dict()[name]
+        assert_same_bits(tensor, lerp(before[name], want, 0.99) if want.is_floating_point() else want, name)
+    assert not plan_for(teacher.module, student).ineligible
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        teacher.update(student)
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 1, on_device
+    assert "eman_update" in on_device[0]
+
+
+@pytest.mark.cuda
+def test_it_runs_on_the_current_stream_and_does_not_wait(backend):
+    teacher, student = pair()
+    ema_update_([teacher], [student], 0.5, backend=backend)
+    torch.cuda.synchronize()
+    want = lerp(teacher, torch.full_like(student, 7.0), 0.5)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP)
+        student.fill_(7.0)
+        ema_update_([teacher], [student], 0.5, backend=backend)
+        assert not stream.query(), "update() waited for the device"
+    stream.synchronize()
+    assert_same_bits(teacher, want)
+
+
+@pytest.mark.cuda
+def test_no_synchronising_call(backend):
+    teacher, student = pair()
+    ema_update_([teacher], [student], 0.5, backend=backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ema_update_([teacher], [student], 0.5, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_a_plan_may_go_while_its_kernel_waits(backend):
+    """The table's memory is not given to others before the kernel has read it."""
+    teacher, student = pair()
+    stream = torch.cuda.Stream()
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    torch.cuda.synchronize()
+    student.fill_(3.0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP)
+        ema_update_([teacher], [student], 0.0, backend=backend)
+    eman_kernels.functional._lists.clear()
+    garbage = [torch.full((4, 4), -1, device="cuda") for _ in range(100)]
+    stream.synchronize()
+    assert (teacher == 3).all()
+    assert len(garbage) == 100
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_replays_and_outlives_its_plan(backend):
+    student = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    eman_update_(teacher, student, 0.5, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        eman_update_(teacher, student, 0.5, backend=backend)
+    eman_kernels.functional._followed.clear()
+    garbage = [torch.full((8, 4), -1, device="cuda") for _ in range(100)]
+    for _ in range(3):
+        with torch.no_grad():
+            student[0].weight.normal_()
+        student[1].num_batches_tracked += 1
+        want = lerp(teacher[0].weight, student[0].weight.detach(), 0.5)
+        graph.replay()
+        assert_same_bits(teacher[0].weight, want)
+        assert torch.equal(teacher[1].num_batches_tracked, student[1].num_batches_tracked)
+    assert len(garbage) == 100
+
+
+@pytest.mark.cuda
+def test_a_plan_is_not_made_during_capture(backend):
+    teacher, student = pair()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), torch.cuda.graph(graph):
+        ema_update_([teacher], [student], 0.5, backend=backend)
+
+
+@pytest.mark.cuda
+def test_two_devices_and_the_device_guard(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    on_each = [pair(device=f"cuda:{i}") for i in range(2)]
+    want = [lerp(t, s, 0.9) for t, s in on_each]
+    torch.cuda.set_device(0)
+    ema_update_([t for t, _ in on_each], [s for _, s in on_each], 0.9, backend=backend)
+    assert torch.cuda.current_device() == 0
+    for (teacher, _), expected in zip(on_each, want, strict=True):
+        assert_same_bits(teacher, expected)
+
+
+@pytest.mark.cuda
+def test_teacher_and_student_on_different_devices():
+    teacher, student = torch.randn(100), torch.randn(100, device="cuda")
+    want = lerp(teacher, student, 0.9)
+    ema_update_([teacher], [student], 0.9)
+    assert_same_bits(teacher, want)
+
+
+@pytest.mark.cuda
+def test_moving_to_the_device_after_the_plan_was_made():
+    student = nn.Linear(30, 30)
+    teacher = EMANTeacher(student, momentum=0.0)
+    teacher.update(student)
+    student.cuda()
+    teacher.cuda()
+    teacher.update(student)
+    assert torch.equal(teacher.module.weight, student.weight)
+
+
+@pytest.mark.cuda
+def test_a_launch_error_names_the_device(backend):
+    if backend != "cuda":
+        pytest.skip("the compiled kernel's own error")
+    from eman_kernels import _C
+
+    with pytest.raises(RuntimeError, match="failed on cuda:99: cudaErrorInvalidDevice"):
+        _C.update_cuda(0, 1, 0.5, 99, 0)
+    teacher, student = pair()
+    ema_update_([teacher], [student], 0.0, backend=backend)
+    assert torch.equal(teacher, student)
+
+
+# ---------------------------------------------------------------- what can be seen without a GPU
+
+
+class Calls(list):
+    def __getattr__(self, name):
+        return lambda *args: self.append((name, *args))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
+    extension, table = Calls(), Calls()
+    stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(cuda, "C", extension)
+    monkeypatch.setattr(cuda, "_captured_tables", kept := [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    table.data_ptr = lambda: 4096
+    work = types.SimpleNamespace(device=torch.device("cuda", 1), table=table)
+    cuda.run(work, 0.25)
+    assert extension == [("update_cuda", 4096, 0, 0.25, 1, 77)]
+    assert list(table) == ([] if capturing else [("record_stream", stream)])
+    assert len(kept) == capturing
+
+
+def test_why_the_cuda_backend_cannot(monkeypatch):
+    def reason(**attributes):
+        cuda.unavailable.cache_clear()
+        with monkeypatch.context() as patch:
+            for name, value in ({"C": types.SimpleNamespace(has_cuda=True), "missing": None} | attributes).items():
+                patch.setattr(cuda, name, value)
+            said = cuda.unavailable("cuda")
+        cuda.unavailable.cache_clear()
+        return said
+
+    assert "built without CUDA (off: no nvcc)" in reason(
+        C=types.SimpleNamespace(has_cuda=False, cuda_status="off: no nvcc")
+    )
+    assert reason(missing="no compiler") == "no compiler"
+    assert "CPU" not in cuda.unavailable("cpu")
+    assert "updates CUDA tensors only, not cpu" in cuda.unavailable("cpu")
+    if not torch.cuda.is_available():
+        assert "torch.cuda.is_available() is False" in reason()
+
+    def no_image(device):
+        raise RuntimeError("loading eman_update failed on cuda:0: cudaErrorNoKernelImageForDevice")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    said = reason(C=types.SimpleNamespace(has_cuda=True, cuda_status="on: sm 75 80", check_cuda=no_image))
+    assert "cudaErrorNoKernelImageForDevice" in said
+    assert "compute capability (7, 0); build with TORCH_CUDA_ARCH_LIST" in said
+    assert reason(C=types.SimpleNamespace(has_cuda=True, check_cuda=lambda device: None)) is None

@@ -1,0 +1,35 @@
+"""What the README shows is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_examples_run_in_turn():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["teacher"].step == 3
+    followed, student = names["key_encoder"].bn1, names["student"].bn1
+    assert torch.equal(followed.num_batches_tracked, student.num_batches_tracked)
+    assert student.num_batches_tracked == 3
+    example = [line for line in blocks[0].splitlines() if line]
+    assert len(example) == 10, "the ten-line example"
+
+
+def test_every_error_that_it_explains_is_one_that_the_code_raises():
+    code = "".join(path.read_text() for path in (Path(__file__).parent.parent / "eman_kernels").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)
+    section = README.split("## Troubleshooting")[1].split("\n\n")[1]
+    quoted = [text for row in section.splitlines()[2:] for text in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(quoted) >= 8
+    for text in quoted:
+        if text.startswith("cudaError"):
+            continue  # CUDA's own word
+        for part in re.split(r"backend 'cuda' | tensors on \.\.\.: ", text):
+            assert part in code, part

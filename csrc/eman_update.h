@@ -5,9 +5,6 @@
 
 namespace eman {
 
-// Asks for the cache lines at these n addresses, all at once. Nothing is read: an address may be one of nothing.
-void prefetch(uint64_t addresses, int64_t n);
-
 // On CPU threads; returns when the work is done. threads >= 1.
 void update_cpu(uint64_t chunks, int64_t n_chunks, double weight, int threads);
 

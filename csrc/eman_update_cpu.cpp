@@ -43,11 +43,6 @@ EMAN_CLONES void update_chunk_of_any_pair(const Chunk& chunk, Weight weight) {
 
 }  // namespace
 
-void prefetch(uint64_t addresses, int64_t n) {
-  const auto* line = reinterpret_cast<const void* const*>(addresses);
-  for (int64_t i = 0; i < n; ++i) __builtin_prefetch(line[i]);
-}
-
 void update_cpu(uint64_t chunks, int64_t n_chunks, double weight, int threads) {
   const auto* table = reinterpret_cast<const Chunk*>(chunks);
   const Weight w(weight);

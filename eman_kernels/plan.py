@@ -1,7 +1,7 @@
 """Pairs -> the table of chunks. The only room that knows addresses; it notices when they move."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -78,11 +78,13 @@ class Plan:
     also_read: objects that the caller looks at in each step, after `moved`.
     """
 
-    def __init__(self, pairs: list[Pair], backend: str | None = None, also_read: Iterable[object] = ()) -> None:
+    def __init__(self, pairs: list[Pair], backend: str | None = None, also_read: Sequence[object] = ()) -> None:
         tensors = [tensor for pair in pairs for tensor in (pair.teacher, pair.student)]
         self._with_address = list(map(_is_plain, tensors))
         self._addresses = self._addresses_of(tensors)
         self._lines = _lines(list(compress(tensors, self._with_address)), also_read)
+        self._dicts = [thing for thing in also_read if type(thing) is dict]
+        self._dict_lines = torch.tensor(list(map(id, self._dicts)), dtype=torch.int64)
         self.names = [pair.name for pair in pairs]
         # Inference mode would make aliases that cannot be written once it has ended.
         with torch.inference_mode(False):
@@ -116,10 +118,9 @@ class Plan:
 
     def moved(self, tensors: list[Tensor]) -> bool:
         """Whether one lies elsewhere than when the plan was made. tensors: teacher, student, teacher, student ..."""
-        # A training step has driven these objects from the cache. Fetched together they cost a third of what they cost
-        # when each waits for the one before.
         if extension.C is not None:
-            extension.C.prefetch(self._lines.data_ptr(), len(self._lines))
+            lines, dicts = self._lines, self._dict_lines
+            extension.C.prefetch(lines.data_ptr(), len(lines), dicts.data_ptr(), len(dicts))
         return self._addresses_of(tensors) != self._addresses
 
     def run(self, weight: float) -> None:
@@ -170,11 +171,12 @@ def ineligible(pair: Pair) -> str | None:
     return None
 
 
-def _lines(tensors: list[Tensor], others: Iterable[object]) -> Tensor:
-    """Addresses of the cache lines that a data_ptr of these tensors and a look at the others touch. Hints, no more."""
+def _lines(tensors: list[Tensor], others: Sequence[object]) -> Tensor:
+    """Addresses of the cache lines that a data_ptr of these tensors and a look at the others touch: hints, no more."""
     lines = [id(thing) for thing in (*tensors, *others)]
     for tensor in tensors:
-        lines += [tensor._cdata, tensor._cdata + 64, tensor._cdata + 128, tensor.untyped_storage()._cdata]
+        storage = tensor.untyped_storage()._cdata
+        lines += [tensor._cdata, tensor._cdata + 64, tensor._cdata + 128, storage, storage + 64]
     return torch.tensor(lines, dtype=torch.int64)
 
 

@@ -292,10 +292,11 @@ def machine(device: torch.device) -> dict[str, str]:
 def table(rows: list[Row]) -> str:
     by_method = {row.method: row for row in rows}
     loop, limit = by_method[LOOP].median_ms, by_method[LIMIT].median_ms
-    lines = []
+    lines, missing = [], []
     for row in rows:
         if row.median_ms is None:
-            lines.append([row.method, row.why_not])
+            lines.append([row.method, "none"])
+            missing.append(f"\n- {row.method}: {row.why_not}")
             continue
         lines.append(
             [
@@ -311,7 +312,7 @@ def table(rows: list[Row]) -> str:
     headers = ["method", "ms", "quartiles", "GB/s", "x limit", "faster than the loop"]
     if by_method[LIMIT].host_ms is not None:
         headers.append("host ms")
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n" + "".join(missing)
 
 
 def main() -> None:

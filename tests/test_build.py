@@ -160,7 +160,7 @@ def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_pat
     assert str(tmp_path) in said
     assert "self-check: passed" in said
     print(*lines, wheel.name, f"{wheel.stat().st_size / 1e6:.2f} MB", sep="\n")
-    if shutil.which("nvcc") and shutil.which("g++"):
+    if not extension.missing and extension.C.has_cuda:
         assert any(line.startswith("eman_kernels: CUDA kernel: on: nvcc") for line in lines), lines
 
 

@@ -22,7 +22,7 @@ def unavailable(device_type: str) -> str | None:
     if not C.has_cuda:
         return (
             f"the extension was built without CUDA ({C.cuda_status}); with an nvcc in place, run "
-            "`EMAN_KERNELS_CUDA=on pip install --force-reinstall --no-deps eman_kernels`"
+            "`EMAN_KERNELS_CUDA=on pip install --force-reinstall --no-deps .`"
         )
     if torch.version.hip:
         return "this is torch for ROCm, and the kernel is built for CUDA; use backend='auto'"

@@ -1,14 +1,16 @@
 """The compiled extension, or why there is none. Import never fails for want of a compiler."""
 
+from importlib import import_module
 from types import ModuleType
 
-missing: str | None = None
+_AGAIN = "install the package again (`pip install -v --force-reinstall --no-deps .`)"
+
 C: ModuleType | None = None
+missing: str | None = None
 
 try:
-    from .. import _C as C  # noqa: F401  the other backends take it from here
+    C = import_module("eman_kernels._C")
+except ModuleNotFoundError:
+    missing = f"the compiled extension is not in this installation; with a C++ compiler in place, {_AGAIN}"
 except ImportError as error:
-    missing = (
-        "the compiled extension is not in this installation; install a C++ compiler and run "
-        f"`pip install --force-reinstall --no-deps eman_kernels` again ({error})"
-    )
+    missing = f"the compiled extension does not load ({error}); {_AGAIN}"

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from . import __version__, available_backends, eman_update_
+from .backends import device_type_of
 from .backends.extension import C, missing
 
 
 def check(backend: str) -> str | None:
     """Run one update by this backend and by the reference: how they differ, or None."""
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = device_type_of(backend)
     networks = []
     for name in (backend, "reference"):
         torch.manual_seed(0)

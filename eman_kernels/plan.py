@@ -30,6 +30,10 @@ PAIR_CODES = {
 COPY_CODES = {1: 8, 2: 9, 4: 10, 8: 11}  # by the bytes of an element
 
 
+# A captured graph reads its table at every replay, when the plan may be long gone.
+_captured_tables: list[Tensor] = []
+
+
 @dataclass
 class Work:
     """What one backend does on one device in one call."""
@@ -61,6 +65,15 @@ class Work:
         packed = length | code[which] << 32 | vector16 << 48
         table = torch.stack([teacher, student, torch.zeros_like(teacher), packed], dim=1)
         return table[length.argsort(descending=True, stable=True)].to(self.device)
+
+    def keep_table(self) -> None:
+        """Keep the table's memory until the current stream of its device, where it was just launched, has read it."""
+        module = torch.get_device_module(self.device)
+        if self.device.type == "cuda" and module.is_current_stream_capturing():
+            _captured_tables.append(self.table)
+        else:
+            # The plan may go while the kernel waits on a stream that the table was not made on.
+            self.table.record_stream(module.current_stream(self.device))
 
     @cached_property
     def numel(self) -> int:

@@ -1,10 +1,12 @@
 """What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
-import eman_kernels
+from eman_kernels import backends
 
 EMA_PAIRS = [
     (torch.float32, torch.float32),
@@ -21,11 +23,20 @@ MOMENTA = [0.0, 0.1, 0.5, 0.7, 0.996, 0.9999, 1.0]
 CHUNK = 16384
 SIZES = [0, 1, 2, 7, 8, 17, 1009, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 SENTINEL = 0x5A
+# Triton reads the variable when it is imported: the whole process is interpreted, or none of it.
+INTERPRETED = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs it in a process with TRITON_INTERPRET=1"
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # it computes with NumPy, which remarks on infinities
+]
 
 
 @pytest.fixture(
     params=[
         pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.cuda),
+        pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.cuda),
+        pytest.param(("triton", "cpu"), id="triton-interpreted", marks=INTERPRETED),
         pytest.param(("cpu", "cpu"), id="cpu"),
         pytest.param(("foreach", "cpu"), id="foreach"),
         pytest.param(("foreach", "cuda"), id="foreach-on-cuda", marks=pytest.mark.cuda),
@@ -34,7 +45,7 @@ SENTINEL = 0x5A
 def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
     """Every backend but the reference, that they are compared with."""
     backend, device = request.param
-    if backend != "foreach" and (reason := eman_kernels.available_backends()[backend]):
+    if reason := backends._BACKENDS[backend].unavailable(device):
         pytest.skip(f"backend {backend}: {reason}")
     return backend, torch.device(device, 0) if device == "cuda" else torch.device(device)
 
@@ -85,6 +96,18 @@ def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
     """torch's own, on the CPU, in the precision and with the rounding that the update promises."""
     wide = torch.float64 if torch.float64 in (teacher.dtype, student.dtype) else torch.float32
     return torch.lerp(teacher.cpu().to(wide), student.cpu().to(wide), 1.0 - momentum).to(teacher.dtype)
+
+
+def assert_same_but_for_the_interpreter(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Triton's interpreter truncates float32 to bfloat16 and loses its subnormals: within 1 ulp, or both tiny."""
+    actual, expected = actual.cpu(), expected.cpu()
+    as_integer = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    # Neighbouring floats of one sign are neighbouring integers; infinity follows the largest.
+    bits = [tensor.view(as_integer).long() for tensor in (actual, expected)]
+    near = ((bits[0] - bits[1]).abs() <= 1) | (actual.isnan() & expected.isnan())
+    tiny = 2 * torch.finfo(torch.bfloat16).smallest_normal
+    near |= (actual.abs() <= tiny) & (expected.abs() <= tiny)
+    assert near.all(), f"{what}: {actual[~near][:3]}, expected {expected[~near][:3]}"
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:

@@ -55,7 +55,7 @@ struct Tensor {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool on_cpu_threads = argc > 1 && argv[1][0] == 'c';
+  const bool on_cpu_threads = argc > 1 && strcmp(argv[1], "cpu") == 0;
   double weight;
   uint32_t count;
   read(&weight, 1);

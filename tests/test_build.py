@@ -140,12 +140,13 @@ def wheel_of(sdist, out, **env):
     return made, re.findall(r"eman_kernels: (?:CPU|CUDA|no) .*", done.stdout + done.stderr)
 
 
-def report_of(wheel, folder):
-    """What `python -m eman_kernels` says, of this wheel and nothing of an editable install."""
-    call(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel)
+def run_from(wheel, folder, module, *arguments):
+    """python -m module, with this wheel and nothing of an editable install."""
+    if not folder.exists():
+        call(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel)
     script = (
         "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-        "runpy.run_module('eman_kernels', run_name='__main__')"
+        f"sys.argv = {[module, *map(str, arguments)]}; runpy.run_module({module!r}, run_name='__main__')"
     )
     return call(sys.executable, "-c", script, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder).stdout
 
@@ -156,7 +157,7 @@ def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_pat
     assert wheel.stat().st_size < 5_000_000
     extensions = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("eman_kernels/_C.")]
     assert len(extensions) == (0 if extension.missing else 1)
-    said = report_of(wheel, tmp_path / "site")
+    said = run_from(wheel, tmp_path / "site", "eman_kernels")
     assert str(tmp_path) in said
     assert "self-check: passed" in said
     print(*lines, wheel.name, f"{wheel.stat().st_size / 1e6:.2f} MB", sep="\n")
@@ -168,10 +169,14 @@ def test_without_a_compiler_the_package_installs_and_works(sdist, tmp_path):
     wheel, lines = wheel_of(sdist, tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
     assert not any("_C." in name for name in zipfile.ZipFile(wheel).namelist())
     assert "no compiled extension: no C++ compiler was found" in lines[0]
-    said = report_of(wheel, tmp_path / "site")
+    said = run_from(wheel, tmp_path / "site", "eman_kernels")
     assert re.search(r"cpu\s+not available: the compiled extension is not in this installation", said), said
     assert re.search(r"foreach\s+available", said)
     assert "self-check: passed" in said
+    suite = [ROOT / "tests" / f"test_{name}.py" for name in ("backends", "functional", "pairing", "plan", "teacher")]
+    said = run_from(wheel, tmp_path / "site", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *suite)
+    assert int(re.search(r"^(\d+) passed", said, re.M)[1]) > 150
+    assert "the compiled extension is not in this installation" in said
 
 
 # ---------------------------------------------------------------- CMake's decisions

@@ -10,13 +10,13 @@ from conftest import assert_same_bits, lerp
 from torch import nn
 
 import eman_kernels
-from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
+from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan, plan_for
 from eman_kernels.backends import cuda
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
 
 
-@pytest.fixture(params=["cuda"])
+@pytest.fixture(params=["cuda", "triton"])
 def backend(request):
     """The one-launch backends of a GPU."""
     if reason := eman_kernels.available_backends()[request.param]:
@@ -141,6 +141,25 @@ def test_two_devices_and_the_device_guard(backend):
 
 
 @pytest.mark.cuda
+def test_both_backends_give_the_same_bits():
+    for name in ("cuda", "triton"):
+        if reason := eman_kernels.available_backends()[name]:
+            pytest.skip(f"backend {name}: {reason}")
+    student = torchvision.models.resnet18().cuda()
+    teachers = [EMANTeacher(student, 0.9, backend=name) for name in ("cuda", "triton")]
+    for _ in range(20):
+        with torch.no_grad():
+            for tensor in student.state_dict().values():
+                tensor.add_(torch.randn_like(tensor) if tensor.is_floating_point() else 1)
+        for teacher in teachers:
+            teacher.update(student)
+    for (name, one), other in zip(
+        teachers[0].module.state_dict().items(), teachers[1].module.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.cuda
 def test_teacher_and_student_on_different_devices():
     teacher, student = torch.randn(100), torch.randn(100, device="cuda")
     want = lerp(teacher, student, 0.9)
@@ -185,11 +204,12 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
     extension, table = Calls(), Calls()
     stream = types.SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(cuda, "C", extension)
-    monkeypatch.setattr(cuda, "_captured_tables", kept := [])
+    monkeypatch.setattr(plan, "_captured_tables", kept := [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     table.data_ptr = lambda: 4096
-    work = types.SimpleNamespace(device=torch.device("cuda", 1), table=table)
+    work = plan.Work(torch.device("cuda", 1), cuda, [])
+    work.table = table
     cuda.run(work, 0.25)
     assert extension == [("update_cuda", 4096, 0, 0.25, 1, 77)]
     assert list(table) == ([] if capturing else [("record_stream", stream)])

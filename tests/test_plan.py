@@ -180,10 +180,6 @@ def swap_storage_twice(model):
         model[0].weight.data = torch.randn(8, 3, 3, 3)
 
 
-def add_buffer(model):
-    model[2][0].register_buffer("late", torch.randn(3))
-
-
 MOVES = [replace_layer, load_assign, set_data, set_storage, to_double, to_channels_last, replace_buffer,
          replace_counter_by_an_equal_one, swap_storage_twice]  # fmt: skip
 
@@ -219,11 +215,15 @@ def test_moved(move, who):
     assert plan_for(teacher, student) is plan
 
 
-def test_a_tensor_added_to_both_is_followed():
+def test_a_tensor_added_to_both_or_taken_from_both():
+    """To a module that had none, and as the very last."""
     teacher, student = net(), net()
     assert_follows(teacher, student)
     for module in (teacher, student):
-        add_buffer(module)
+        module[2][0].register_buffer("late", torch.randn(3))
+    assert_follows(teacher, student)
+    for module in (teacher, student):
+        module[2][1].register_parameter("last", nn.Parameter(torch.randn(3)))
     assert_follows(teacher, student)
     del teacher[2][0].late, student[2][0].late
     assert_follows(teacher, student)

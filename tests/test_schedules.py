@@ -15,7 +15,7 @@ def test_cosine_is_byols():
     assert schedule(0) == pytest.approx(0.996, abs=1e-15)
     assert schedule(500) == pytest.approx(0.998, abs=1e-15)
     assert schedule(250) == pytest.approx(1 - 0.004 * (math.sqrt(0.5) + 1) / 2, abs=1e-15)
-    assert schedule(1000) == schedule(5000) == 1.0
+    assert schedule(1000) == schedule(1500) == schedule(5000) == 1.0
 
 
 def test_warm_up():

@@ -11,10 +11,10 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, cuda, foreach, reference
+from . import cpu, cuda, foreach, reference, triton
 
 # In the order in which auto prefers them.
-_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, cpu, foreach, reference)}
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, cpu, triton, foreach, reference)}
 
 
 def requested(argument: str | None) -> str | None:
@@ -41,6 +41,13 @@ def available_backends() -> dict[str, str | None]:
     """Each backend's name, with the reason why it is not available on this machine, or None where it is.
 
     >>> available_backends()  # doctest: +SKIP
-    {'cuda': 'no CUDA device is visible to torch', 'cpu': None, 'foreach': None, 'reference': None}
+    {'cuda': 'no CUDA device is visible to torch', 'cpu': None, 'triton': ..., 'foreach': None, 'reference': None}
     """
-    return {name: backend.unavailable("cuda" if name == "cuda" else "cpu") for name, backend in _BACKENDS.items()}
+    return {name: backend.unavailable(device_type_of(name)) for name, backend in _BACKENDS.items()}
+
+
+def device_type_of(name: str) -> str:
+    """The type of the tensors that this backend is for, on this machine."""
+    if name == "triton" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return "cuda" if name in ("cuda", "triton") else "cpu"

@@ -9,9 +9,6 @@ from .extension import C, missing
 NAME = "cuda"
 TAKES_TABLE = True
 
-# A captured graph reads its table at every replay, when the plan may be long gone.
-_captured_tables: list[torch.Tensor] = []
-
 
 @cache
 def unavailable(device_type: str) -> str | None:
@@ -42,8 +39,4 @@ def unavailable(device_type: str) -> str | None:
 def run(work, weight: float) -> None:
     stream = torch.cuda.current_stream(work.device)
     C.update_cuda(work.table.data_ptr(), len(work.table), weight, work.device.index, stream.cuda_stream)
-    if torch.cuda.is_current_stream_capturing():
-        _captured_tables.append(work.table)
-    else:
-        # The plan may go while the kernel waits on a stream that the table was not made on: its memory has to stay.
-        work.table.record_stream(stream)
+    work.keep_table()

@@ -28,11 +28,11 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   m.def("prefetch", &prefetch, py::arg("lines"), py::arg("n_lines"), py::arg("dicts"), py::arg("n_dicts"));
-  m.def("update_cpu", &eman::update_cpu, py::arg("chunks"), py::arg("n_chunks"), py::arg("weight"), py::arg("threads"),
-        without_gil);
+  m.def("update_cpu", &eman::update_cpu, py::arg("chunks"), py::arg("n_chunks"), py::arg("momentum"),
+        py::arg("threads"), without_gil);
 #if defined(EMAN_WITH_CUDA)
-  m.def("update_cuda", &eman::update_cuda, py::arg("chunks"), py::arg("n_chunks"), py::arg("weight"), py::arg("device"),
-        py::arg("stream"), without_gil);
+  m.def("update_cuda", &eman::update_cuda, py::arg("chunks"), py::arg("n_chunks"), py::arg("momentum"),
+        py::arg("momentum_address"), py::arg("momentum_is_double"), py::arg("device"), py::arg("stream"), without_gil);
   m.def("check_cuda", &eman::check_cuda, py::arg("device"), without_gil);
   m.attr("has_cuda") = true;
 #else

@@ -107,11 +107,11 @@ struct Ema {
   }
 };
 
-// The weight, 1 - momentum, as each arithmetic takes it. Rounded once, on the host.
+// The weight, 1 - momentum, as each arithmetic takes it: rounded once, from double.
 struct Weight {
   double in_double;
   float in_float;
-  explicit Weight(double weight) : in_double(weight), in_float(static_cast<float>(weight)) {}
+  explicit EMAN_FN Weight(double momentum) : in_double(1.0 - momentum), in_float(static_cast<float>(1.0 - momentum)) {}
   EMAN_FN Ema<float> ema(float) const { return {in_float}; }
   EMAN_FN Ema<double> ema(double) const { return {in_double}; }
 };

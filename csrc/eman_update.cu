@@ -36,10 +36,12 @@ class DeviceGuard {
 
 }  // namespace
 
-void update_cuda(uint64_t chunks, int64_t n_chunks, double weight, int device, uint64_t stream) {
+void update_cuda(uint64_t chunks, int64_t n_chunks, double momentum, uint64_t momentum_address, bool momentum_is_double,
+                 int device, uint64_t stream) {
   if (n_chunks == 0) return;
   const DeviceGuard guard(device);
-  const Params params{reinterpret_cast<const Chunk*>(chunks), Weight(weight)};
+  const Params params{reinterpret_cast<const Chunk*>(chunks), Weight(momentum),
+                      reinterpret_cast<const void*>(momentum_address), momentum_is_double};
   eman_update<<<static_cast<unsigned>(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), "the launch of eman_update", device);
 }

@@ -12,6 +12,9 @@ constexpr int kThreads = 256;
 struct Params {
   const Chunk* chunks;
   Weight weight;
+  // Where to read the momentum instead, or null: a captured graph can then replay with another one.
+  const void* momentum;
+  bool momentum_is_double;  // else float
 };
 
 struct alignas(16) Words {
@@ -114,6 +117,12 @@ __device__ __forceinline__ void update_elements(const Chunk& chunk, uint32_t fir
   store_teacher(teacher_address, teacher_word);
 }
 
+__device__ __forceinline__ Weight weight_of(const Params& params) {
+  if (params.momentum == nullptr) return params.weight;
+  return Weight(params.momentum_is_double ? *static_cast<const double*>(params.momentum)
+                                          : *static_cast<const float*>(params.momentum));
+}
+
 // The wider of a mixed pair takes 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the
 // wider one would touch every 32-byte sector twice.
 template <typename Rule>
@@ -135,10 +144,11 @@ __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rul
 extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const __grid_constant__ eman::Params params) {
   using namespace eman;
   const Chunk chunk = params.chunks[blockIdx.x];
+  const Weight weight = weight_of(params);
   switch (chunk.pair) {
-#define EMAN_CASE(CODE, T, S)                          \
-  case CODE:                                           \
-    update_chunk(chunk, EmaRule<T, S>{params.weight}); \
+#define EMAN_CASE(CODE, T, S)                   \
+  case CODE:                                    \
+    update_chunk(chunk, EmaRule<T, S>{weight}); \
     break;
     EMAN_EMA_PAIRS(EMAN_CASE)
 #undef EMAN_CASE

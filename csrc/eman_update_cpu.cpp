@@ -43,13 +43,13 @@ EMAN_CLONES void update_chunk_of_any_pair(const Chunk& chunk, Weight weight) {
 
 }  // namespace
 
-void update_cpu(uint64_t chunks, int64_t n_chunks, double weight, int threads) {
+void update_cpu(uint64_t chunks, int64_t n_chunks, double momentum, int threads) {
   const auto* table = reinterpret_cast<const Chunk*>(chunks);
-  const Weight w(weight);
+  const Weight weight(momentum);
 // Sixteen neighbouring chunks at a time: a thread then streams through memory (5 % over 4 at a time on two cores), and
 // the small tensors at the table's end even out what is left.
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < n_chunks; ++i) update_chunk_of_any_pair(table[i], w);
+  for (int64_t i = 0; i < n_chunks; ++i) update_chunk_of_any_pair(table[i], weight);
 }
 
 }  // namespace eman

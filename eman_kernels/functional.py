@@ -39,7 +39,7 @@ _lists: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def eman_update_(
     teacher: nn.Module,
     student: nn.Module,
-    momentum: float,
+    momentum: float | Tensor,
     *,
     rules: Mapping[str, Rule] | None = None,
     buffers: Rule = "ema",
@@ -56,7 +56,9 @@ def eman_update_(
     Args:
         teacher: the network that is written. Shapes as the student's, dtypes as you like.
         student: the network that is read. Another object than the teacher, with its own memory.
-        momentum: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is.
+        momentum: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is. A 0-d tensor of float32 or float64 on
+            the teacher's device is read there by the kernel, when it runs: nothing waits for the device, a captured
+            CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
         rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
             Spectral norm's ``{"*.weight_u": "copy", "*.weight_v": "copy"}``, for example.
         buffers: "ema", "copy" or "skip" for the buffers that no pattern names.
@@ -70,18 +72,22 @@ def eman_update_(
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
-    weight = weight_of(momentum)
+    momentum = as_momentum(momentum)
     options = (rules, buffers, backends.requested(backend))
     students = _followed.setdefault(teacher, WeakKeyDictionary())
     followed = students.get(student)
     if followed is None or not followed.holds(options):
         followed = students[student] = _follow(teacher, student, options)
-    _run(followed.plan, followed.tensors[::2], weight)
+    _run(followed.plan, followed.tensors[::2], momentum)
 
 
 @torch.compiler.disable
 def ema_update_(
-    teacher_tensors: Sequence[Tensor], student_tensors: Sequence[Tensor], momentum: float, *, backend: str | None = None
+    teacher_tensors: Sequence[Tensor],
+    student_tensors: Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    backend: str | None = None,
 ) -> None:
     """Let teacher tensors follow student tensors, paired by position: ``eman_update_`` without modules and names.
 
@@ -93,7 +99,7 @@ def ema_update_(
         student_tensors: as many tensors of the same shapes.
         momentum, backend: as in ``eman_update_``; so are the errors.
     """
-    weight = weight_of(momentum)
+    momentum = as_momentum(momentum)
     backend = backends.requested(backend)
     if not teacher_tensors and not student_tensors:
         return
@@ -108,7 +114,7 @@ def ema_update_(
     ):
         pairs = pair_lists(list(teacher_tensors), list(student_tensors))
         known = _lists[teacher_tensors[0]] = ([ref(tensor) for tensor in tensors], backend, Plan(pairs, backend))
-    _run(known[2], teacher_tensors, weight)
+    _run(known[2], teacher_tensors, momentum)
 
 
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
@@ -131,22 +137,28 @@ def _follow(teacher: nn.Module, student: nn.Module, options: tuple) -> _Followed
     )
 
 
-def weight_of(momentum: float) -> float:
-    """1 - momentum. Raises TypeError or ValueError unless it is a number in [0, 1]."""
-    if not isinstance(momentum, Real):
-        raise TypeError(f"momentum must be a number in [0, 1], not a {type(momentum).__name__}")
+def as_momentum(momentum: float | Tensor) -> float | Tensor:
+    """A float in [0, 1], or the tensor that may hold one. Raises TypeError or ValueError for anything else."""
+    if isinstance(momentum, Tensor):
+        if momentum.dim() or momentum.dtype not in (torch.float32, torch.float64):
+            what = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
+            raise TypeError(f"a momentum in a tensor must be 0-d and of float32 or float64, and is {what}")
+        if momentum.device.type != "cpu":
+            return momentum  # to look at it would be to wait for the device
+    elif not isinstance(momentum, Real):
+        raise TypeError(f"momentum must be a number in [0, 1] or a 0-d tensor, not a {type(momentum).__name__}")
     if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], and is {momentum}")
-    return 1.0 - momentum
+        raise ValueError(f"momentum must be in [0, 1], and is {float(momentum)}")
+    return momentum if isinstance(momentum, Tensor) else float(momentum)
 
 
-def _run(plan: Plan, teachers: Sequence[Tensor], weight: float) -> None:
+def _run(plan: Plan, teachers: Sequence[Tensor], momentum: float | Tensor) -> None:
     if torch.is_grad_enabled() and any(map(Tensor.requires_grad.__get__, teachers)):
         name = next(name for name, tensor in zip(plan.names, teachers, strict=True) if tensor.requires_grad)
         raise RuntimeError(
             f"{name}: the teacher requires grad and is updated in place: call teacher.requires_grad_(False) once, or "
             f"update under torch.no_grad(). Nothing was written."
         )
-    plan.run(weight)
+    plan.run(momentum)
     # Autograd does not see what a kernel writes. Untold, it would not notice a backward pass that needs the old values.
     torch.autograd.graph.increment_version(teachers)

@@ -136,10 +136,17 @@ class Plan:
             extension.C.prefetch(lines.data_ptr(), len(lines), dicts.data_ptr(), len(dicts))
         return self._addresses_of(tensors) != self._addresses
 
-    def run(self, weight: float) -> None:
-        """teacher + weight * (student - teacher), in place; weight = 1 - momentum."""
+    def run(self, momentum: float | Tensor) -> None:
+        """Update the teacher in place. Raises ValueError if the momentum lies on another device than the teacher."""
+        if isinstance(momentum, Tensor):
+            for work in self.works:
+                if momentum.device != work.device:
+                    raise ValueError(
+                        f"the momentum is on {momentum.device} and the teacher on {work.device}; move it there, or "
+                        "give it as a number. Nothing was written."
+                    )
         for work in self.works:
-            work.backend.run(work, weight)
+            work.backend.run(work, momentum)
 
     def describe(self) -> str:
         """What is updated how, by which backend, and what is not eligible for the fast path and why."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import requested
-from .functional import eman_update_, weight_of
+from .functional import as_momentum, eman_update_
 from .pairing import Rule, check_rules, unwrap
 
 
@@ -21,8 +21,8 @@ class EMANTeacher(nn.Module):
 
     Args:
         student: the network to follow; DDP, DataParallel and torch.compile wrappers are looked through.
-        momentum: a number in [0, 1], or a schedule ``step -> momentum`` (see eman_kernels.schedules); step counts the
-            updates made, from 0. Default 0.999.
+        momentum: a number in [0, 1], a 0-d tensor on the teacher's device (read there by the kernel), or a schedule
+            ``step -> momentum`` (see eman_kernels.schedules); step counts the updates made, from 0. Default 0.999.
         rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
         buffers: "ema" (EMAN, default), "copy" or "skip", for the buffers that no pattern names.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
@@ -44,7 +44,7 @@ class EMANTeacher(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        momentum: float | Callable[[int], float] = 0.999,
+        momentum: float | Tensor | Callable[[int], float | Tensor] = 0.999,
         *,
         rules: Mapping[str, Rule] | None = None,
         buffers: Rule = "ema",
@@ -56,7 +56,7 @@ class EMANTeacher(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, and is {dtype}")
         if not callable(momentum):
-            weight_of(momentum)
+            as_momentum(momentum)
         requested(backend)
         self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
         if dtype is not None:
@@ -71,7 +71,7 @@ class EMANTeacher(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def update(self, student: nn.Module | None = None, *, momentum: float | None = None) -> None:
+    def update(self, student: nn.Module | None = None, *, momentum: float | Tensor | None = None) -> None:
         """Follow the student by one step, in place and in one pass; see ``eman_update_`` for what is done and raised.
 
         Args:

@@ -55,10 +55,10 @@ struct Tensor {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool on_cpu_threads = argc > 1 && strcmp(argv[1], "cpu") == 0;
-  double weight;
+  const char* kernel = argc > 1 ? argv[1] : "";
+  double momentum;
   uint32_t count;
-  read(&weight, 1);
+  read(&momentum, 1);
   read(&count, 1);
   std::vector<Case> cases(count);
   read(cases.data(), count);
@@ -79,10 +79,15 @@ int main(int argc, char** argv) {
     }
   }
 
-  if (on_cpu_threads) {
-    eman::update_cpu(reinterpret_cast<uint64_t>(table.data()), static_cast<int64_t>(table.size()), weight, 2);
+  if (strcmp(kernel, "cpu") == 0) {
+    eman::update_cpu(reinterpret_cast<uint64_t>(table.data()), static_cast<int64_t>(table.size()), momentum, 2);
   } else {
-    const eman::Params params{table.data(), eman::Weight(weight)};
+    // By value, or read from where it lies, as a double or a float.
+    const float in_float = static_cast<float>(momentum);
+    const bool is_double = strcmp(kernel, "cuda-double") == 0;
+    const bool is_float = strcmp(kernel, "cuda-float") == 0;
+    const void* address = is_double ? static_cast<const void*>(&momentum) : is_float ? &in_float : nullptr;
+    const eman::Params params{table.data(), eman::Weight(address ? 0.25 : momentum), address, is_double};
     for (blockIdx.x = 0; blockIdx.x < table.size(); ++blockIdx.x) {
       for (threadIdx.x = 0; threadIdx.x < eman::kThreads; ++threadIdx.x) eman_update(params);
     }

@@ -57,6 +57,23 @@ def test_copy(backend_and_device, dtype, offset):
     assert all(guard.intact() for guard in guards)
 
 
+@pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))
+@pytest.mark.parametrize(
+    "momentum", [torch.tensor(0.996), torch.tensor(1 / 3), torch.tensor(0.9999, dtype=torch.float64)]
+)
+def test_momentum_on_the_device(backend_and_device, dtypes, momentum):
+    """The bits of the same number given by value, and of what the tensor holds at each call."""
+    backend, device = backend_and_device
+    teacher, student = torch.randn(1009).to(device, dtypes[0]), torch.randn(1009).to(device, dtypes[1])
+    by_value = teacher.clone()
+    momentum = momentum.to(device, copy=True)
+    for _ in range(2):
+        ema_update_([teacher], [student], momentum, backend=backend)
+        ema_update_([by_value], [student], momentum.item(), backend=backend)
+        assert_same_bits(teacher, by_value)
+        momentum.mul_(0.5)
+
+
 def test_end_points(backend_and_device):
     """Momentum 0 gives the student and momentum 1 leaves the teacher, exactly; a teacher at its student rests there."""
     backend, device = backend_and_device
@@ -136,7 +153,7 @@ def test_cpu_kernel_uses_several_threads_with_the_same_bits():
     for threads in (1, 2, 5):
         mine = teacher.clone()
         (work,) = Plan(pair_lists([mine], [student]), "cpu").works
-        _C.update_cpu(work.table.data_ptr(), len(work.table), 1.0 - 0.9, threads)
+        _C.update_cpu(work.table.data_ptr(), len(work.table), 0.9, threads)
         assert_same_bits(mine, want, f"{threads} threads")
     assert cpu.threads(10) == 1
     assert cpu.threads(1 << 30) == torch.get_num_threads()

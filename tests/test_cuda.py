@@ -119,6 +119,31 @@ def test_a_captured_graph_replays_and_outlives_its_plan(backend):
 
 
 @pytest.mark.cuda
+def test_a_captured_graph_replays_with_a_schedule(backend):
+    teacher, student = pair()
+    momentum = torch.tensor(0.0, device="cuda", dtype=torch.float64)
+    ema_update_([teacher], [student], momentum, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_([teacher], [student], momentum, backend=backend)
+    for k in range(5):
+        student.normal_()
+        momentum.fill_(0.5 + k / 20)
+        want = lerp(teacher, student, 0.5 + k / 20)
+        graph.replay()
+        assert_same_bits(teacher, want, f"replay {k}")
+
+
+@pytest.mark.cuda
+def test_a_momentum_on_another_device_than_the_teacher(backend):
+    teacher, student = pair()
+    before = teacher.clone()
+    with pytest.raises(ValueError, match="the momentum is on cpu and the teacher on cuda:0; move it there"):
+        ema_update_([teacher], [student], torch.tensor(0.5), backend=backend)
+    assert torch.equal(teacher, before)
+
+
+@pytest.mark.cuda
 def test_a_plan_is_not_made_during_capture(backend):
     teacher, student = pair()
     torch.cuda.synchronize()
@@ -185,7 +210,7 @@ def test_a_launch_error_names_the_device(backend):
     from eman_kernels import _C
 
     with pytest.raises(RuntimeError, match="failed on cuda:99: cudaErrorInvalidDevice"):
-        _C.update_cuda(0, 1, 0.5, 99, 0)
+        _C.update_cuda(0, 1, 0.5, 0, False, 99, 0)
     teacher, student = pair()
     ema_update_([teacher], [student], 0.0, backend=backend)
     assert torch.equal(teacher, student)
@@ -199,21 +224,40 @@ class Calls(list):
         return lambda *args: self.append((name, *args))
 
 
+class Table:
+    def __init__(self):
+        self.streams = []
+
+    def __len__(self):
+        return 5
+
+    def data_ptr(self):
+        return 4096
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
 @pytest.mark.parametrize("capturing", [False, True])
 def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
-    extension, table = Calls(), Calls()
+    extension, table = Calls(), Table()
     stream = types.SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(cuda, "C", extension)
     monkeypatch.setattr(plan, "_captured_tables", kept := [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    table.data_ptr = lambda: 4096
     work = plan.Work(torch.device("cuda", 1), cuda, [])
     work.table = table
-    cuda.run(work, 0.25)
-    assert extension == [("update_cuda", 4096, 0, 0.25, 1, 77)]
-    assert list(table) == ([] if capturing else [("record_stream", stream)])
-    assert len(kept) == capturing
+    on_device = [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)]
+    for momentum in (0.25, *on_device):
+        cuda.run(work, momentum)
+    assert extension == [
+        ("update_cuda", 4096, 5, 0.25, 0, False, 1, 77),
+        ("update_cuda", 4096, 5, 0.0, on_device[0].data_ptr(), False, 1, 77),
+        ("update_cuda", 4096, 5, 0.0, on_device[1].data_ptr(), True, 1, 77),
+    ]
+    assert table.streams == ([] if capturing else 3 * [stream])
+    assert len(kept) == 3 * capturing
 
 
 def test_why_the_cuda_backend_cannot(monkeypatch):

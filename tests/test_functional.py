@@ -141,8 +141,17 @@ def test_momentum_out_of_range(momentum):
 
 
 def test_momentum_that_is_no_number():
-    with pytest.raises(TypeError, match=r"a number in .*not a Tensor"):
-        ema_update_([torch.zeros(1)], [torch.ones(1)], torch.tensor(0.5))
+    teacher, student = [torch.zeros(1)], [torch.ones(1)]
+    with pytest.raises(TypeError, match=r"a number in .*not a str"):
+        ema_update_(teacher, student, "0.5")
+    for tensor in (torch.ones(1), torch.tensor(1), torch.tensor(0.5, dtype=torch.float16)):
+        with pytest.raises(TypeError, match=r"must be 0-d and of float32 or float64, and is torch\.\w+ of shape"):
+            ema_update_(teacher, student, tensor)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], and is 1.5"):
+        ema_update_(teacher, student, torch.tensor(1.5))
+    with pytest.raises(ValueError, match=r"momentum is on meta and the teacher on cpu; move it there"):
+        ema_update_(teacher, student, torch.tensor(0.5, device="meta"))
+    assert teacher[0] == 0
 
 
 def test_requires_grad():

@@ -35,9 +35,9 @@ def host_kernel(tmp_path_factory):
     return program
 
 
-def run(program, kernel, cases, weight):
+def run(program, kernel, cases, momentum):
     """cases: (pair code, teacher, student, offsets in bytes). The updated teachers."""
-    data = struct.pack("dI", weight, len(cases))
+    data = struct.pack("dI", momentum, len(cases))
     for code, teacher, student, offsets in cases:
         data += struct.pack(
             "6I", code, teacher.numel(), teacher.element_size(), student.element_size(), offsets[0], offsets[1]
@@ -56,8 +56,14 @@ def run(program, kernel, cases, weight):
     return results
 
 
-@pytest.mark.parametrize("kernel", ["cuda", "cpu"])
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize(
+    ("kernel", "momentum"),
+    [
+        *((kernel, momentum) for kernel in ("cuda", "cpu") for momentum in (0.0, 0.3, 0.5, 0.999, 1.0)),
+        ("cuda-double", 0.999),
+        ("cuda-float", torch.tensor(0.999).item()),
+    ],
+)
 def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
     cases, expected = [], []
     for size in SIZES:
@@ -74,7 +80,7 @@ def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
             expected.append(student)
             cases.append((COPY_CODES[dtype.itemsize], teacher, student, (0, 0)))
             expected.append(student)
-    for case, got, want in zip(cases, run(host_kernel, kernel, cases, 1.0 - momentum), expected, strict=True):
+    for case, got, want in zip(cases, run(host_kernel, kernel, cases, momentum), expected, strict=True):
         assert_same_bits(got, want, f"{kernel}, pair {case[0]}, {len(want)} elements, offsets {case[3]}")
 
 

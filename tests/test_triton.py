@@ -28,11 +28,11 @@ def test_interpreted_over_every_pair_size_and_alignment():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    # 8 pairs by 4 alignments, 7 copies by 2, the end points, 8 pairs against fp64.
-    assert re.search(rf"^{8 * 4 + 7 * 2 + 1 + 8} passed, \d+ deselected", done.stdout, re.M), done.stdout[-500:]
+    # 8 pairs by 4 alignments, 7 copies by 2, 8 pairs by 3 momenta on the device, the end points, 8 pairs against fp64.
+    assert re.search(rf"^{8 * 4 + 7 * 2 + 8 * 3 + 1 + 8} passed, \d+ deselected", done.stdout, re.M), done.stdout[-500:]
 
 
-def compiled(target, *arguments, options):
+def compiled(target, *arguments, options, momentum=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -41,8 +41,9 @@ def compiled(target, *arguments, options):
     target = GPUTarget(target, *arguments)
     source = ASTSource(
         backend.eman_update,
-        signature={"table": "*i64", "high": "fp32", "middle": "fp32", "low": "fp32", "THREADS": "constexpr"},
-        constexprs={"THREADS": target.warp_size * backend.NUM_WARPS},
+        signature={"table": "*i64", "momentum": momentum or "constexpr"}
+        | {"high": "fp32", "middle": "fp32", "low": "fp32", "THREADS": "constexpr"},
+        constexprs={"THREADS": target.warp_size * backend.NUM_WARPS} | ({} if momentum else {"momentum": None}),
         attrs={(0,): [["tt.divisibility", 16]]},
     )
     return triton.compile(source, target=target, options=options)
@@ -54,9 +55,10 @@ WIDE_LOADS = 4 * 2 + 4 + 4
 WIDE_STORES = 12 - 2
 
 
+@pytest.mark.parametrize("momentum", [None, "*fp32", "*fp64"], ids=["by value", "float on device", "double on device"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_ptx_and_registers_for_nvidia(arch, tmp_path):
-    kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_OPTIONS)
+def test_ptx_and_registers_for_nvidia(arch, momentum, tmp_path):
+    kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_OPTIONS, momentum=momentum)
     ptx = kernel.asm["ptx"]
     accesses = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx)
     widths = Counter((which, int(vector or 1) * int(bits) // 8) for which, vector, bits in accesses)
@@ -148,10 +150,13 @@ def test_what_is_launched(monkeypatch):
         target = types.SimpleNamespace(backend=name, warp_size=warp)
         monkeypatch.setattr(backend, "current_target", lambda device, target=target: target)
         launched.clear()
-        backend.run(Work(), 0.25)
+        backend.run(Work(), 0.75)
         (grid, args, kwargs), kept = launched
         assert grid == (5,)
         assert args[0] is Work.table
-        assert args[1:] == (0.25, 0.0, 0.0)
+        assert args[1:] == (None, 0.25, 0.0, 0.0)
         assert kwargs == {"THREADS": 4 * warp} | options
         assert kept == "kept"
+        momentum = torch.tensor(0.5)
+        backend.run(Work(), momentum)
+        assert launched[2][1][1] is momentum

@@ -3,7 +3,8 @@
 NAME            as it is asked for.
 TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
 unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
-run(work, weight) -> None                   updates a plan.Work in place; weight = 1 - momentum.
+run(work, momentum) -> None                 updates a plan.Work in place; momentum is a float, or a 0-d tensor of
+                                            float32 or float64 on the work's device, which is not waited for.
 """
 
 import os

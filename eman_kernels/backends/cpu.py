@@ -22,5 +22,5 @@ def threads(numel: int) -> int:
     return max(1, min(torch.get_num_threads(), numel // ELEMENTS_PER_THREAD))
 
 
-def run(work, weight: float) -> None:
-    C.update_cpu(work.table.data_ptr(), len(work.table), weight, threads(work.numel))
+def run(work, momentum: float | torch.Tensor) -> None:
+    C.update_cpu(work.table.data_ptr(), len(work.table), float(momentum), threads(work.numel))

@@ -36,7 +36,11 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, weight: float) -> None:
-    stream = torch.cuda.current_stream(work.device)
-    C.update_cuda(work.table.data_ptr(), len(work.table), weight, work.device.index, stream.cuda_stream)
+def run(work, momentum: float | torch.Tensor) -> None:
+    stream = torch.cuda.current_stream(work.device).cuda_stream
+    if isinstance(momentum, torch.Tensor):
+        read = (0.0, momentum.data_ptr(), momentum.dtype == torch.float64)
+    else:
+        read = (momentum, 0, False)
+    C.update_cuda(work.table.data_ptr(), len(work.table), *read, work.device.index, stream)
     work.keep_table()

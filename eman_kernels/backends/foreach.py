@@ -12,7 +12,11 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, weight: float) -> None:
+def run(work, momentum: float | torch.Tensor) -> None:
+    if isinstance(momentum, torch.Tensor):
+        # _foreach_lerp_ takes no weight on the device.
+        return reference.run(work, momentum)
+    weight = 1.0 - momentum
     groups: dict[object, list] = {}
     for pair in work.pairs:
         groups.setdefault((pair.rule, pair.teacher.dtype, pair.student.dtype), []).append(pair)

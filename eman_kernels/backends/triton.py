@@ -1,7 +1,7 @@
 """The same table by one Triton kernel: one launch, the same bits, and no compiler to install.
 
-The first call on a kind of device compiles the kernel, in about a second on one CPU core; Triton keeps the result in its
-cache on disk (~/.triton/cache), and later processes load it from there.
+The first call on a kind of device compiles the kernel, in about a second on one CPU core; Triton keeps the result in
+its cache on disk (~/.triton/cache), and later processes load it from there.
 """
 
 import os
@@ -44,16 +44,18 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, weight: float) -> None:
+def run(work, momentum: float | torch.Tensor) -> None:
+    on_device = isinstance(momentum, torch.Tensor)
+    read = (momentum, 0.0, 0.0, 0.0) if on_device else (None, *parts(1.0 - momentum))
     launch = eman_update[(len(work.table),)]
     if work.device.type == "cpu":
-        launch(work.table, *parts(weight), THREADS=32 * NUM_WARPS, **OPTIONS)
+        launch(work.table, *read, THREADS=32 * NUM_WARPS, **OPTIONS)
         return
     # Triton launches on the current device's current stream.
     with torch.get_device_module(work.device).device(work.device):
         target = current_target(work.device)
         options = NVIDIA_OPTIONS if target.backend == "cuda" else OPTIONS
-        launch(work.table, *parts(weight), THREADS=target.warp_size * NUM_WARPS, **options)
+        launch(work.table, *read, THREADS=target.warp_size * NUM_WARPS, **options)
         work.keep_table()
 
 
@@ -117,8 +119,17 @@ if not missing:
             _elements(teacher + at, student + at, weight, at < numel, REAL, AVERAGED)
 
     @triton.jit
-    def eman_update(table, high, middle, low, THREADS: tl.constexpr):
-        """One program a chunk. The record and the codes are those of csrc/chunk.h."""
+    def eman_update(table, momentum, high, middle, low, THREADS: tl.constexpr):
+        """One program a chunk. The record and the codes are those of csrc/chunk.h.
+
+        The weight is the sum of three floats, or 1 minus the momentum that lies on the device, where there is one.
+        """
+        if momentum is not None:
+            double = 1.0 - tl.load(momentum).to(tl.float64)
+            single = double.to(tl.float32)
+        else:
+            double = tl.cast(high, tl.float64) + tl.cast(middle, tl.float64) + tl.cast(low, tl.float64)
+            single = high
         record = table + tl.program_id(0).to(tl.int64) * 4
         t = tl.load(record)
         s = tl.load(record + 1)
@@ -127,27 +138,26 @@ if not missing:
         pair = ((packed >> 32) & 0xFFFF).to(tl.int32)
         v16 = ((packed >> 48) & 1).to(tl.int32)
         if pair == 0:
-            _chunk(t, s, n, v16, high, tl.float32, tl.float32, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.float32, tl.float32, tl.float32, True, THREADS)
         elif pair == 1:
-            _chunk(t, s, n, v16, high, tl.float32, tl.bfloat16, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.float32, tl.bfloat16, tl.float32, True, THREADS)
         elif pair == 2:
-            _chunk(t, s, n, v16, high, tl.float32, tl.float16, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.float32, tl.float16, tl.float32, True, THREADS)
         elif pair == 3:
-            _chunk(t, s, n, v16, high, tl.bfloat16, tl.bfloat16, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.bfloat16, tl.bfloat16, tl.float32, True, THREADS)
         elif pair == 4:
-            _chunk(t, s, n, v16, high, tl.float16, tl.float16, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.float16, tl.float16, tl.float32, True, THREADS)
         elif pair == 5:
-            _chunk(t, s, n, v16, high, tl.bfloat16, tl.float32, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.bfloat16, tl.float32, tl.float32, True, THREADS)
         elif pair == 6:
-            _chunk(t, s, n, v16, high, tl.float16, tl.float32, tl.float32, True, THREADS)
+            _chunk(t, s, n, v16, single, tl.float16, tl.float32, tl.float32, True, THREADS)
         elif pair == 7:
-            double = tl.cast(high, tl.float64) + tl.cast(middle, tl.float64) + tl.cast(low, tl.float64)
             _chunk(t, s, n, v16, double, tl.float64, tl.float64, tl.float64, True, THREADS)
         elif pair == 8:
-            _chunk(t, s, n, v16, high, tl.uint8, tl.uint8, tl.uint8, False, THREADS)
+            _chunk(t, s, n, v16, single, tl.uint8, tl.uint8, tl.uint8, False, THREADS)
         elif pair == 9:
-            _chunk(t, s, n, v16, high, tl.uint16, tl.uint16, tl.uint16, False, THREADS)
+            _chunk(t, s, n, v16, single, tl.uint16, tl.uint16, tl.uint16, False, THREADS)
         elif pair == 10:
-            _chunk(t, s, n, v16, high, tl.uint32, tl.uint32, tl.uint32, False, THREADS)
+            _chunk(t, s, n, v16, single, tl.uint32, tl.uint32, tl.uint32, False, THREADS)
         elif pair == 11:
-            _chunk(t, s, n, v16, high, tl.uint64, tl.uint64, tl.uint64, False, THREADS)
+            _chunk(t, s, n, v16, single, tl.uint64, tl.uint64, tl.uint64, False, THREADS)

@@ -81,7 +81,7 @@ def test_compiles_for_every_architecture_without_spills_or_a_stack_frame(cubins)
     assert max(registers.values()) <= 48
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])
 def test_accesses_are_global_and_16_bytes_wide(cubins, arch):
     sass = call(tool("cuobjdump"), "-sass", cubins[arch][1]).stdout
     accesses = re.findall(r"\b((?:LD|ST)G?[A-Z]*(?:\.[A-Z0-9_]+)*)\b", sass)

@@ -1,7 +1,7 @@
 """Pairs -> the table of chunks. The only room that knows addresses; it notices when they move."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -29,7 +29,6 @@ PAIR_CODES = {
 }
 COPY_CODES = {1: 8, 2: 9, 4: 10, 8: 11}  # by the bytes of an element
 
-
 # A captured graph reads its table at every replay, when the plan may be long gone.
 _captured_tables: list[Tensor] = []
 
@@ -48,16 +47,14 @@ class Work:
 
         Full chunks come first: the small tensors then fill the tail of the run instead of opening it.
         """
-        teacher, student, numel, code, teacher_bytes, student_bytes = torch.tensor(
-            [
-                (t.data_ptr(), s.data_ptr(), t.numel(), pair_code(pair), t.element_size(), s.element_size())
-                for pair in self.pairs
-                for t, s in ((pair.teacher, pair.student),)
-            ]
+        teacher, student, numel, code, teacher_bytes, student_bytes = _on_host(
+            (t.data_ptr(), s.data_ptr(), t.numel(), pair_code(pair), t.element_size(), s.element_size())
+            for pair in self.pairs
+            for t, s in ((pair.teacher, pair.student),)
         ).T
         chunks = (numel + CHUNK_SIZE - 1) // CHUNK_SIZE
-        which = torch.arange(len(numel)).repeat_interleave(chunks)
-        first = (torch.arange(len(which)) - (chunks.cumsum(0) - chunks)[which]) * CHUNK_SIZE
+        which = _on_host(range(len(numel))).repeat_interleave(chunks)
+        first = (_on_host(range(len(which))) - (chunks.cumsum(0) - chunks)[which]) * CHUNK_SIZE
         length = (numel[which] - first).clamp(max=CHUNK_SIZE)
         teacher = teacher[which] + first * teacher_bytes[which]
         student = student[which] + first * student_bytes[which]
@@ -97,7 +94,7 @@ class Plan:
         self._addresses = self._addresses_of(tensors)
         self._lines = _lines(list(compress(tensors, self._with_address)), also_read)
         self._dicts = [thing for thing in also_read if type(thing) is dict]
-        self._dict_lines = torch.tensor(list(map(id, self._dicts)), dtype=torch.int64)
+        self._dict_lines = _on_host(map(id, self._dicts))
         self.names = [pair.name for pair in pairs]
         # Inference mode would make aliases that cannot be written once it has ended.
         with torch.inference_mode(False):
@@ -197,7 +194,12 @@ def _lines(tensors: list[Tensor], others: Sequence[object]) -> Tensor:
     for tensor in tensors:
         storage = tensor.untyped_storage()._cdata
         lines += [tensor._cdata, tensor._cdata + 64, tensor._cdata + 128, storage, storage + 64]
-    return torch.tensor(lines, dtype=torch.int64)
+    return _on_host(lines)
+
+
+def _on_host(numbers: Iterable[object]) -> Tensor:
+    """int64, in the host's memory whatever torch.set_default_device says."""
+    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -100,7 +100,7 @@ class EMANTeacher(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The step, as a tensor: formats that know nothing else can store it."""
-        return torch.tensor(self.step)
+        return torch.tensor(self.step, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)

@@ -177,6 +177,18 @@ def test_autograd_notices_the_update():
         loss.backward()
 
 
+def test_a_default_device_changes_nothing():
+    """Tables that the host reads stay on the host."""
+    student = nn.Linear(300, 300)
+    teacher = eman_kernels.EMANTeacher(student, momentum=0.0)
+    with torch.no_grad():
+        student.weight.fill_(2.0)
+    with torch.device("meta"):
+        teacher.update(student)
+        assert teacher.state_dict()["_extra_state"] == 1
+    assert (teacher.module.weight == 2).all()
+
+
 def test_inference_mode():
     teacher, student = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
     with torch.inference_mode():

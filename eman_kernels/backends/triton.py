@@ -5,6 +5,7 @@ its cache on disk (~/.triton/cache), and later processes load it from there.
 """
 
 import os
+from ctypes import c_float
 from functools import cache
 
 import torch
@@ -76,7 +77,7 @@ def parts(weight: float) -> tuple[float, float, float]:
 
 
 def _float32(number: float) -> tuple[float, float]:
-    rounded = torch.tensor(number, dtype=torch.float32).item()
+    rounded = c_float(number).value
     return rounded, number - rounded
 
 

@@ -162,19 +162,20 @@ class Row:
 def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[float, float]:
     """Milliseconds of the work and of the host, of one call on a cold cache."""
     cache.add_(1)
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        update()
-        elapsed = 1e3 * (time.perf_counter() - begin)
-        return elapsed, elapsed
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    # Behind a sleeping device the calls queue up, so that no gap of the host's is counted as the device's time.
-    torch.cuda._sleep(20_000_000)
-    start.record()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     update()
     host = 1e3 * (time.perf_counter() - begin)
+    if device.type != "cuda":
+        return host, host
+    # Once more for the device, behind a sleep (of some 50 ms) in which the launches queue up: no gap of the host's is
+    # then counted as the device's time.
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cache.add_(1)
+    torch.cuda._sleep(100_000_000)
+    start.record()
+    update()
     end.record()
     end.synchronize()
     return start.elapsed_time(end), host

@@ -101,7 +101,8 @@ def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
     """Pair two lists by position, each tensor by its default rule."""
     if len(teacher) != len(student):
         raise ValueError(f"{len(teacher)} teacher tensors and {len(student)} student tensors: they must be as many")
-    pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in enumerate(zip(teacher, student))]  # noqa: B905
+    both = enumerate(zip(teacher, student, strict=True))
+    pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in both]
     check(pairs)
     return pairs
 

@@ -71,6 +71,27 @@ def test_prefixes_are_looked_through(wrap):
     assert all((p == 7).all() for p in teacher.module.parameters())
 
 
+def test_distributed_data_parallel_is_looked_through():
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain = Net()
+        student = nn.parallel.DistributedDataParallel(plain)
+        teacher = EMANTeacher(student, momentum=0.0)
+        assert type(teacher.module) is Net
+        student(torch.randn(8, 4)).sum().backward()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter -= parameter.grad
+        teacher.update(student)
+        for name, tensor in teacher.module.state_dict().items():
+            assert torch.equal(tensor, plain.state_dict()[name]), name
+        assert teacher.module.body[1].num_batches_tracked == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_network_with_a_child_named_module_keeps_its_own_forward():
     class Outer(nn.Module):
         def __init__(self):

@@ -10,13 +10,16 @@ from functools import cache
 
 import torch
 
+missing: str | None = None
 try:
     import triton
     import triton.language as tl
-
-    missing: str | None = None
 except ImportError as error:
     missing = f"triton does not import ({error}); `pip install triton`, or take another backend with backend='auto'"
+else:
+    # 3.2 to 3.5 do not compile the kernel; 3.6, 3.7 and 3.9 do.
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        missing = f"it needs triton 3.6 or newer, and this is {triton.__version__}; use backend='auto'"
 
 NAME = "triton"
 TAKES_TABLE = True

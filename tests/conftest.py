@@ -23,20 +23,21 @@ MOMENTA = [0.0, 0.1, 0.5, 0.7, 0.996, 0.9999, 1.0]
 CHUNK = 16384
 SIZES = [0, 1, 2, 7, 8, 17, 1009, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 SENTINEL = 0x5A
-# Triton reads the variable when it is imported: the whole process is interpreted, or none of it.
+# Triton reads the variable when it is imported: test_triton.py starts a process in which all of it is interpreted.
 INTERPRETED = [
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs it in a process with TRITON_INTERPRET=1"
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # it computes with NumPy, which remarks on infinities
-]
+    pytest.param(
+        ("triton", "cpu"),
+        id="triton-interpreted",
+        marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy does the work, and remarks on infinities
+    )
+] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(
     params=[
         pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.cuda),
         pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.cuda),
-        pytest.param(("triton", "cpu"), id="triton-interpreted", marks=INTERPRETED),
+        *INTERPRETED,
         pytest.param(("cpu", "cpu"), id="cpu"),
         pytest.param(("foreach", "cpu"), id="foreach"),
         pytest.param(("foreach", "cuda"), id="foreach-on-cuda", marks=pytest.mark.cuda),

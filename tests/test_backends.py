@@ -28,7 +28,7 @@ def test_ema(backend_and_device, dtypes, offsets):
     backend, device = backend_and_device
     interpreted = backend == "triton" and device.type == "cpu"
     same = assert_same_but_for_the_interpreter if interpreted and torch.bfloat16 in dtypes else assert_same_bits
-    for momentum in MOMENTA[::3] if interpreted else MOMENTA:
+    for momentum in (0.0, 0.5, 0.996) if interpreted else MOMENTA:
         teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in SIZES]
         students = [Guarded(values(size, dtypes[1]), offsets[1], device) for size in SIZES]
         expected = [lerp(t.tensor, s.tensor, momentum) for t, s in zip(teachers, students, strict=True)]

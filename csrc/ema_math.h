@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "chunk.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -136,5 +138,24 @@ struct CopyRule {
   static constexpr bool kReadsTeacher = false;
   EMAN_FN U operator()(U, U student) const { return student; }
 };
+
+// Calls visit with the rule of a pair code.
+template <typename Visit>
+EMAN_FN void with_rule(uint16_t pair, const Weight& weight, Visit visit) {
+  switch (pair) {
+#define EMAN_CASE(CODE, T, S)     \
+  case CODE:                      \
+    visit(EmaRule<T, S>{weight}); \
+    break;
+    EMAN_EMA_PAIRS(EMAN_CASE)
+#undef EMAN_CASE
+#define EMAN_CASE(CODE, U) \
+  case CODE:               \
+    visit(CopyRule<U>{});  \
+    break;
+    EMAN_COPY_PAIRS(EMAN_CASE)
+#undef EMAN_CASE
+  }
+}
 
 }  // namespace eman

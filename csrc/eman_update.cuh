@@ -145,18 +145,5 @@ extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const _
   using namespace eman;
   const Chunk chunk = params.chunks[blockIdx.x];
   const Weight weight = weight_of(params);
-  switch (chunk.pair) {
-#define EMAN_CASE(CODE, T, S)                   \
-  case CODE:                                    \
-    update_chunk(chunk, EmaRule<T, S>{weight}); \
-    break;
-    EMAN_EMA_PAIRS(EMAN_CASE)
-#undef EMAN_CASE
-#define EMAN_CASE(CODE, U)              \
-  case CODE:                            \
-    update_chunk(chunk, CopyRule<U>{}); \
-    break;
-    EMAN_COPY_PAIRS(EMAN_CASE)
-#undef EMAN_CASE
-  }
+  with_rule(chunk.pair, weight, [&](const auto& rule) { update_chunk(chunk, rule); });
 }

@@ -25,20 +25,7 @@ EMAN_FN void update_chunk(const Chunk& chunk, const Rule& rule) {
 }
 
 EMAN_CLONES void update_chunk_of_any_pair(const Chunk& chunk, Weight weight) {
-  switch (chunk.pair) {
-#define EMAN_CASE(CODE, T, S)                   \
-  case CODE:                                    \
-    update_chunk(chunk, EmaRule<T, S>{weight}); \
-    break;
-    EMAN_EMA_PAIRS(EMAN_CASE)
-#undef EMAN_CASE
-#define EMAN_CASE(CODE, U)              \
-  case CODE:                            \
-    update_chunk(chunk, CopyRule<U>{}); \
-    break;
-    EMAN_COPY_PAIRS(EMAN_CASE)
-#undef EMAN_CASE
-  }
+  with_rule(chunk.pair, weight, [&](const auto& rule) { update_chunk(chunk, rule); });
 }
 
 }  // namespace

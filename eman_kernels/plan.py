@@ -103,7 +103,8 @@ class Plan:
         _check_memory(self.pairs)
 
         self.ineligible: dict[str, str] = {}
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        on_cuda = any(pair.teacher.is_cuda or pair.student.is_cuda for pair in self.pairs)
+        if on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the plan of this update must be made before a CUDA graph is captured, because its table is copied to "
                 "the device: call update() once before the capture, and do not move tensors in between"

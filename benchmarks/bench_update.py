@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import eman_kernels
-from eman_kernels import EMANTeacher, functional
+from eman_kernels import EMANTeacher, eman_update_, functional
 
 MODELS = ("resnet50", "resnet18", "mobilenet_v2")
 DTYPES = {  # teacher, student
@@ -94,12 +94,7 @@ def foreach_with_walks(teacher: nn.Module, student: nn.Module) -> Update:
 
 
 def ours(backend: str) -> Callable[[nn.Module, nn.Module], Update]:
-    def method(teacher: nn.Module, student: nn.Module) -> Update:
-        keeper = EMANTeacher(student, MOMENTUM, backend=backend)
-        keeper.module = teacher
-        return lambda: keeper.update(student)
-
-    return method
+    return lambda teacher, student: lambda: eman_update_(teacher, student, MOMENTUM, backend=backend)
 
 
 def methods(device: torch.device) -> dict[str, Callable[[nn.Module, nn.Module], Update] | str]:
@@ -192,6 +187,7 @@ def models_of(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, n
     return teacher.to(device, teacher_dtype), student.to(device, student_dtype)
 
 
+@torch.no_grad()  # as every such loop is run
 def measure(name: str, dtype: str, device: torch.device, threads: int, rounds: int) -> list[Row]:
     torch.set_num_threads(threads)
     teacher, student = models_of(name, dtype, device)

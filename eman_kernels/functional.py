@@ -159,6 +159,7 @@ def _run(plan: Plan, teachers: Sequence[Tensor], momentum: float | Tensor) -> No
             f"{name}: the teacher requires grad and is updated in place: call teacher.requires_grad_(False) once, or "
             f"update under torch.no_grad(). Nothing was written."
         )
-    plan.run(momentum)
     # Autograd does not see what a kernel writes. Untold, it would not notice a backward pass that needs the old values.
+    # Told now, while the tensors are in the cache that the kernel will fill with elements.
     torch.autograd.graph.increment_version(teachers)
+    plan.run(momentum)

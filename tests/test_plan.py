@@ -227,6 +227,9 @@ def test_a_tensor_added_to_both_or_taken_from_both():
     assert_follows(teacher, student)
     del teacher[2][0].late, student[2][0].late
     assert_follows(teacher, student)
+    student[2][1].register_parameter("only_here", nn.Parameter(torch.randn(3)))
+    with pytest.raises(ValueError, match=r"2\.1\.only_here: the teacher has none"), torch.no_grad():
+        eman_update_(teacher, student, 0.5)
 
 
 def test_load_state_dict_in_place_keeps_the_plan():

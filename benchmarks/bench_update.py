@@ -56,7 +56,7 @@ def published_loop(teacher: nn.Module, student: nn.Module) -> Update:
 
 def split(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
     averaged = [name for name, tensor in teacher.items() if tensor.is_floating_point()]
-    copied = [name for name in teacher if name not in set(averaged)]
+    copied = [name for name, tensor in teacher.items() if not tensor.is_floating_point()]
     return tuple([which[name] for name in names] for names in (averaged, copied) for which in (teacher, student))
 
 
@@ -84,13 +84,7 @@ def foreach(teacher: nn.Module, student: nn.Module) -> Update:
 
 def foreach_with_walks(teacher: nn.Module, student: nn.Module) -> Update:
     """As timm's ModelEmaV3 does it: the lists are made of both state dicts in every step."""
-
-    def update() -> None:
-        averaged, followed, copied, source = split(teacher.state_dict(), student.state_dict())
-        torch._foreach_lerp_(averaged, followed, 1.0 - MOMENTUM)
-        torch._foreach_copy_(copied, source)
-
-    return update
+    return lambda: foreach(teacher, student)()
 
 
 def ours(backend: str) -> Callable[[nn.Module, nn.Module], Update]:
@@ -242,7 +236,7 @@ def around_the_kernel(name: str, device: torch.device, rounds: int) -> str:
         begin = time.perf_counter()
         functional._follow(keeper.module, student, followed.options)
         making.append(time.perf_counter() - begin)
-    followed.plan.run = lambda weight: None
+    followed.plan.run = lambda momentum: None
     cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
     host: dict[str, list[float]] = {"warm": [], "cold": []}
     for state, samples in host.items():

@@ -234,9 +234,9 @@ def around_the_kernel(name: str, device: torch.device, rounds: int) -> str:
     making = []
     for _ in range(min(rounds, 20)):
         begin = time.perf_counter()
-        functional._follow(keeper.module, student, followed.options)
+        functional._follow([keeper.module], student, followed.options, [])
         making.append(time.perf_counter() - begin)
-    followed.plan.run = lambda momentum: None
+    followed.plan.run = lambda call: None
     cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
     host: dict[str, list[float]] = {"warm": [], "cold": []}
     for state, samples in host.items():

@@ -10,12 +10,14 @@
 namespace eman {
 
 struct alignas(16) Chunk {
-  uint64_t teacher;   // address of the first teacher element: read, then written
-  uint64_t student;   // address of the first student element: read only
-  uint64_t reserved;  // 0: a record fills one 32-byte sector
-  uint32_t numel;     // 1 ... kChunkSize elements
-  uint16_t pair;      // a Pair: the rule and both dtypes
-  uint16_t flags;     // kVector16 or 0
+  uint64_t teacher;  // address of the first teacher element: read, then written
+  uint64_t student;  // address of the first student element: read only
+  // A float teacher's: address of its low-precision copy, which is written too, or 0. A half teacher's: the number of
+  // its first element among all of the update's, by which stochastic rounding draws; a multiple of 8.
+  uint64_t extra;
+  uint32_t numel;  // 1 ... kChunkSize elements
+  uint16_t pair;   // a Pair: the rule and both dtypes
+  uint16_t flags;  // those below
 };
 static_assert(sizeof(Chunk) == 32 && offsetof(Chunk, numel) == 24, "plan.py writes this layout");
 
@@ -23,8 +25,15 @@ static_assert(sizeof(Chunk) == 32 && offsetof(Chunk, numel) == 24, "plan.py writ
 // some 1,800 pieces of work to balance. A multiple of 16, so that a tensor's chunks are all aligned as its first.
 constexpr uint32_t kChunkSize = 16384;
 
-// Both addresses take 16-byte accesses.
+// Every address takes 16-byte accesses.
 constexpr uint16_t kVector16 = 1;
+// The pair is copied, not averaged: for copies whose dtype matters, because of a low-precision copy or of NaNs.
+constexpr uint16_t kCopied = 2;
+// The low-precision copy is float16, not bfloat16.
+constexpr uint16_t kCastToHalf = 4;
+
+// Several teachers of one student: the records of one piece of the student stand behind one another, a teacher each.
+constexpr int kMaxTeachers = 8;
 
 // Every pair a chunk can have: NAME(code, teacher type, student type). The types are those of ema_math.h.
 #define EMAN_EMA_PAIRS(NAME)  \

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "chunk.h"
 
@@ -93,6 +94,71 @@ EMAN_FN Half narrow<Half>(float x) {
 #endif
 }
 
+// narrow_stochastic: up or down so that the mean over `random`, 16 uniform bits, is x itself (but for what is below
+// 2^-16 of an ulp). A NaN stays a NaN.
+template <typename T>
+EMAN_FN T narrow_stochastic(float x, uint32_t random);
+template <>
+EMAN_FN BFloat16 narrow_stochastic<BFloat16>(float x, uint32_t random) {
+  const uint32_t bits = bits_of(x);
+  return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : (bits + random) >> 16)};
+}
+template <>
+EMAN_FN Half narrow_stochastic<Half>(float x, uint32_t random) {
+  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
+  const bool is_subnormal = magnitude < (113u << 23);
+  // In units of 2^-40, of which a subnormal half's last place has 2^16. Clamped for a conversion that is always
+  // defined.
+  const float small = is_subnormal ? float_of(magnitude) * float_of((127u + 40u) << 23) : 0.0f;
+  const uint32_t subnormal = (static_cast<uint32_t>(small) + random) >> 16;
+  const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
+  const uint32_t infinite_or_nan = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t bits = magnitude >= (143u << 23) ? infinite_or_nan : is_subnormal ? subnormal : normal;
+  return {static_cast<uint16_t>(bits | ((bits_of(x) >> 16) & 0x8000u))};
+}
+
+// What is no floating-point number is finite.
+template <typename T>
+EMAN_FN bool is_finite(T) {
+  return true;
+}
+EMAN_FN bool is_finite(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
+EMAN_FN bool is_finite(double x) { return x - x == 0.0; }
+EMAN_FN bool is_finite(BFloat16 x) { return (x.bits & 0x7F80u) != 0x7F80u; }
+EMAN_FN bool is_finite(Half x) { return (x.bits & 0x7C00u) != 0x7C00u; }
+
+// Eight draws of 16 bits: for the elements 8 * group ... 8 * group + 7.
+struct Random {
+  uint32_t words[4];
+  EMAN_FN uint32_t operator[](uint32_t element) const {
+    // Not by address: an index that is not known when compiling would put the words into memory.
+    const uint32_t low = element & 4 ? words[2] : words[0], high = element & 4 ? words[3] : words[1];
+    return ((element & 2 ? high : low) >> (element & 1 ? 16 : 0)) & 0xFFFFu;
+  }
+};
+
+// Philox 4x32-10. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+struct Philox {
+  uint32_t seed, step;
+  EMAN_FN Random operator()(uint64_t group) const {
+    uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = 0, c3 = 0;
+    uint32_t k0 = seed, k1 = step;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
+      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(b);
+      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(a);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+  }
+};
+
 EMAN_FN float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 EMAN_FN double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -113,6 +179,7 @@ struct Ema {
 struct Weight {
   double in_double;
   float in_float;
+  Weight() = default;
   explicit EMAN_FN Weight(double momentum) : in_double(1.0 - momentum), in_float(static_cast<float>(1.0 - momentum)) {}
   EMAN_FN Ema<float> ema(float) const { return {in_float}; }
   EMAN_FN Ema<double> ema(double) const { return {in_double}; }
@@ -124,10 +191,18 @@ struct EmaRule {
   using Teacher = T;
   using Student = S;
   static constexpr bool kReadsTeacher = true;
+  static constexpr bool kRounds = std::is_same<T, BFloat16>::value || std::is_same<T, Half>::value;
+  static constexpr bool kCasts = std::is_same<T, float>::value;
   Weight weight;
-  EMAN_FN T operator()(T teacher, S student) const {
+  EMAN_FN T operator()(T teacher, S student) const { return narrow<T>(average(teacher, student)); }
+  EMAN_FN T copied(S student) const { return narrow<T>(widen(student)); }
+  EMAN_FN T stochastic(T teacher, S student, uint32_t random) const {
+    if constexpr (kRounds) return narrow_stochastic<T>(average(teacher, student), random);
+    return (*this)(teacher, student);
+  }
+  EMAN_FN auto average(T teacher, S student) const {
     const auto t = widen(teacher);
-    return narrow<T>(weight.ema(t)(t, widen(student)));
+    return weight.ema(t)(t, static_cast<decltype(t)>(widen(student)));
   }
 };
 
@@ -136,7 +211,12 @@ struct CopyRule {
   using Teacher = U;
   using Student = U;
   static constexpr bool kReadsTeacher = false;
+  static constexpr bool kRounds = false;
+  static constexpr bool kCasts = false;
+  Weight weight;
   EMAN_FN U operator()(U, U student) const { return student; }
+  EMAN_FN U copied(U student) const { return student; }
+  EMAN_FN U stochastic(U, U student, uint32_t) const { return student; }
 };
 
 // Calls visit with the rule of a pair code.
@@ -149,9 +229,22 @@ EMAN_FN void with_rule(uint16_t pair, const Weight& weight, Visit visit) {
     break;
     EMAN_EMA_PAIRS(EMAN_CASE)
 #undef EMAN_CASE
+#define EMAN_CASE(CODE, U)      \
+  case CODE:                    \
+    visit(CopyRule<U>{weight}); \
+    break;
+    EMAN_COPY_PAIRS(EMAN_CASE)
+#undef EMAN_CASE
+  }
+}
+
+// Calls visit with an element of the width that a copy's pair code means.
+template <typename Visit>
+EMAN_FN void with_width(uint16_t pair, Visit visit) {
+  switch (pair) {
 #define EMAN_CASE(CODE, U) \
   case CODE:               \
-    visit(CopyRule<U>{});  \
+    visit(U{});            \
     break;
     EMAN_COPY_PAIRS(EMAN_CASE)
 #undef EMAN_CASE

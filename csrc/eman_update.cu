@@ -36,14 +36,19 @@ class DeviceGuard {
 
 }  // namespace
 
-void update_cuda(uint64_t chunks, int64_t n_chunks, double momentum, uint64_t momentum_address, bool momentum_is_double,
-                 int device, uint64_t stream) {
+void update_cuda(const Call& call, int64_t n_pieces, bool general, int device, uint64_t stream) {
+  if (n_pieces == 0) return;
+  const DeviceGuard guard(device);
+  auto* kernel = general ? eman_update_general : eman_update;
+  kernel<<<static_cast<unsigned>(n_pieces), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(call);
+  check(cudaGetLastError(), "the launch of eman_update", device);
+}
+
+void swap_cuda(const Chunk* chunks, int64_t n_chunks, int device, uint64_t stream) {
   if (n_chunks == 0) return;
   const DeviceGuard guard(device);
-  const Params params{reinterpret_cast<const Chunk*>(chunks), Weight(momentum),
-                      reinterpret_cast<const void*>(momentum_address), momentum_is_double};
-  eman_update<<<static_cast<unsigned>(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(params);
-  check(cudaGetLastError(), "the launch of eman_update", device);
+  eman_swap<<<static_cast<unsigned>(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(chunks);
+  check(cudaGetLastError(), "the launch of eman_swap", device);
 }
 
 void check_cuda(int device) {

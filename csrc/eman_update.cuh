@@ -4,34 +4,27 @@
 
 #include "chunk.h"
 #include "ema_math.h"
+#include "eman_update.h"
 
 namespace eman {
 
 constexpr int kThreads = 256;
 
-struct Params {
-  const Chunk* chunks;
-  Weight weight;
-  // Where to read the momentum instead, or null: a captured graph can then replay with another one.
-  const void* momentum;
-  bool momentum_is_double;  // else float
-};
-
 struct alignas(16) Words {
   uint32_t x, y, z, w;
 };
 
-// An address out of a table is generic to the compiler (LD.E). These say that it is global (LDG.E), that the student is
-// not written while we run (.nc), and that nothing here is read twice (L1::no_allocate).
+// An address out of a table is generic to the compiler (LD.E). These say that it is global (LDG.E), that what is read
+// only is not written while we run (.nc), and that nothing here is read twice (L1::no_allocate).
 #if defined(__CUDA_ARCH__)
 #define EMAN_ACCESSES(TYPE, PTX, REGISTER)                                                        \
-  __device__ __forceinline__ void load_student(TYPE& v, uint64_t address) {                       \
+  __device__ __forceinline__ void load_read_only(TYPE& v, uint64_t address) {                     \
     asm("ld.global.nc.L1::no_allocate." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address));       \
   }                                                                                               \
-  __device__ __forceinline__ void load_teacher(TYPE& v, uint64_t address) {                       \
+  __device__ __forceinline__ void load(TYPE& v, uint64_t address) {                               \
     asm volatile("ld.global.L1::no_allocate." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address)); \
   }                                                                                               \
-  __device__ __forceinline__ void store_teacher(uint64_t address, TYPE v) {                       \
+  __device__ __forceinline__ void store(uint64_t address, TYPE v) {                               \
     asm volatile("st.global." PTX " [%0], %1;" ::"l"(address), REGISTER(v) : "memory");           \
   }
 EMAN_ACCESSES(uint16_t, "u16", "h")
@@ -40,45 +33,45 @@ EMAN_ACCESSES(uint64_t, "u64", "l")
 #undef EMAN_ACCESSES
 
 // PTX has no 8-bit register.
-__device__ __forceinline__ void load_student(uint8_t& v, uint64_t address) {
+__device__ __forceinline__ void load_read_only(uint8_t& v, uint64_t address) {
   uint16_t wide;
   asm("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=h"(wide) : "l"(address));
   v = static_cast<uint8_t>(wide);
 }
-__device__ __forceinline__ void load_teacher(uint8_t& v, uint64_t address) {
+__device__ __forceinline__ void load(uint8_t& v, uint64_t address) {
   uint16_t wide;
   asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(wide) : "l"(address));
   v = static_cast<uint8_t>(wide);
 }
-__device__ __forceinline__ void store_teacher(uint64_t address, uint8_t v) {
+__device__ __forceinline__ void store(uint64_t address, uint8_t v) {
   asm volatile("st.global.u8 [%0], %1;" ::"l"(address), "h"(static_cast<uint16_t>(v)) : "memory");
 }
 
-__device__ __forceinline__ void load_student(Words& v, uint64_t address) {
+__device__ __forceinline__ void load_read_only(Words& v, uint64_t address) {
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
       : "l"(address));
 }
-__device__ __forceinline__ void load_teacher(Words& v, uint64_t address) {
+__device__ __forceinline__ void load(Words& v, uint64_t address) {
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
 }
-__device__ __forceinline__ void store_teacher(uint64_t address, const Words& v) {
+__device__ __forceinline__ void store(uint64_t address, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 #else
 template <typename W>
-EMAN_FN void load_student(W& v, uint64_t address) {
+EMAN_FN void load_read_only(W& v, uint64_t address) {
   v = *reinterpret_cast<const W*>(address);
 }
 template <typename W>
-EMAN_FN void load_teacher(W& v, uint64_t address) {
+EMAN_FN void load(W& v, uint64_t address) {
   v = *reinterpret_cast<const W*>(address);
 }
 template <typename W>
-EMAN_FN void store_teacher(uint64_t address, const W& v) {
+EMAN_FN void store(uint64_t address, const W& v) {
   *reinterpret_cast<W*>(address) = v;
 }
 #endif
@@ -94,56 +87,164 @@ template <> struct WordOf<8> { using type = uint64_t; };
 template <> struct WordOf<16> { using type = Words; };
 // clang-format on
 
-// kN neighbouring elements, each tensor in one access.
-template <int kN, typename Rule>
-__device__ __forceinline__ void update_elements(const Chunk& chunk, uint32_t first, const Rule& rule) {
-  using T = typename Rule::Teacher;
-  using S = typename Rule::Student;
-  T teacher[kN];
-  S student[kN];
-  typename WordOf<sizeof teacher>::type teacher_word;
-  typename WordOf<sizeof student>::type student_word;
-  const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
-
-  load_student(student_word, chunk.student + uint64_t{first} * sizeof(S));
-  memcpy(student, &student_word, sizeof student);
-  if (Rule::kReadsTeacher) {
-    load_teacher(teacher_word, teacher_address);
-    memcpy(teacher, &teacher_word, sizeof teacher);
+template <typename T, int kN>
+struct Elements {
+  T at[kN];
+  using Word = typename WordOf<sizeof(T) * kN>::type;
+  EMAN_FN void from(const Word& word) { memcpy(at, &word, sizeof at); }
+  EMAN_FN Word word() const {
+    Word word;
+    memcpy(&word, at, sizeof at);
+    return word;
   }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) teacher[i] = rule(teacher[i], student[i]);
-  memcpy(&teacher_word, teacher, sizeof teacher);
-  store_teacher(teacher_address, teacher_word);
+};
+
+// Calls visit(kN, first) for each kN neighbouring elements that are this thread's. The wider of a mixed pair takes
+// 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the wider one would touch every
+// 32-byte sector twice.
+template <typename T, typename S, typename Visit>
+__device__ __forceinline__ void for_elements(const Chunk& chunk, Visit visit) {
+  constexpr uint32_t kVector = 16 / (sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
+  const uint32_t vectors = chunk.flags & kVector16 ? chunk.numel / kVector : 0;
+  for (uint32_t v = threadIdx.x; v < vectors; v += kThreads) {
+    visit(std::integral_constant<int, kVector>(), v * kVector);
+  }
+  for (uint32_t i = vectors * kVector + threadIdx.x; i < chunk.numel; i += kThreads) {
+    visit(std::integral_constant<int, 1>(), i);
+  }
 }
 
-__device__ __forceinline__ Weight weight_of(const Params& params) {
-  if (params.momentum == nullptr) return params.weight;
-  return Weight(params.momentum_is_double ? *static_cast<const double*>(params.momentum)
-                                          : *static_cast<const float*>(params.momentum));
-}
-
-// The wider of a mixed pair takes 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the
-// wider one would touch every 32-byte sector twice.
+// One teacher, rounded to nearest: all that most updates are.
 template <typename Rule>
 __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rule) {
-  constexpr size_t kWidest = sizeof(typename Rule::Teacher) > sizeof(typename Rule::Student)
-                                 ? sizeof(typename Rule::Teacher)
-                                 : sizeof(typename Rule::Student);
-  constexpr uint32_t kVector = 16 / kWidest;
-  const uint32_t vectors = chunk.flags & kVector16 ? chunk.numel / kVector : 0;
-  for (uint32_t v = threadIdx.x; v < vectors; v += kThreads) update_elements<kVector>(chunk, v * kVector, rule);
-  for (uint32_t i = vectors * kVector + threadIdx.x; i < chunk.numel; i += kThreads) {
-    update_elements<1>(chunk, i, rule);
-  }
+  using T = typename Rule::Teacher;
+  using S = typename Rule::Student;
+  for_elements<T, S>(chunk, [&](auto n, uint32_t first) {
+    constexpr int kN = decltype(n)::value;
+    const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
+    Elements<T, kN> teacher;
+    Elements<S, kN> student;
+    typename Elements<T, kN>::Word teacher_word;
+    typename Elements<S, kN>::Word student_word;
+    load_read_only(student_word, chunk.student + uint64_t{first} * sizeof(S));
+    student.from(student_word);
+    if (Rule::kReadsTeacher) {
+      load(teacher_word, teacher_address);
+      teacher.from(teacher_word);
+    }
+#pragma unroll
+    for (int i = 0; i < kN; ++i) teacher.at[i] = rule(teacher.at[i], student.at[i]);
+    store(teacher_address, teacher.word());
+  });
+}
+
+template <typename Low, int kN>
+__device__ __forceinline__ void store_copy(uint64_t address, const Elements<float, kN>& teacher) {
+  Elements<Low, kN> low;
+#pragma unroll
+  for (int i = 0; i < kN; ++i) low.at[i] = narrow<Low>(teacher.at[i]);
+  store(address, low.word());
+}
+
+// All that an update can be. The student's elements are read once for all teachers. Returns how many were skipped.
+template <typename Rule>
+__device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule, const Call& call,
+                                                 const Philox& philox) {
+  using T = typename Rule::Teacher;
+  using S = typename Rule::Student;
+  uint32_t skipped = 0;
+  for_elements<T, S>(records[0], [&](auto n, uint32_t first) {
+    constexpr int kN = decltype(n)::value;
+    Elements<S, kN> student;
+    typename Elements<S, kN>::Word student_word;
+    load_read_only(student_word, records[0].student + uint64_t{first} * sizeof(S));
+    student.from(student_word);
+    uint32_t kept = 0;  // a bit each
+    if (call.skip_nonfinite) {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) kept |= is_finite(student.at[i]) ? 0u : 1u << i;
+      skipped += __popc(kept);
+    }
+    for (int k = 0; k < call.n_teachers; ++k) {
+      const Chunk chunk = records[k];
+      const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
+      Elements<T, kN> was, teacher;
+      typename Elements<T, kN>::Word teacher_word;
+      load(teacher_word, teacher_address);
+      was.from(teacher_word);
+      rule.weight = call.weight(k);
+      if (chunk.flags & kCopied) {
+#pragma unroll
+        for (int i = 0; i < kN; ++i) teacher.at[i] = rule.copied(student.at[i]);
+      } else if (Rule::kRounds && call.stochastic) {
+        const uint64_t number = chunk.extra + first;
+        const Random random = philox(number / 8);
+        // Where it is known to be 0, the words need not be chosen when running.
+        const uint32_t from = kN == 8 ? 0 : static_cast<uint32_t>(number) % 8;
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          teacher.at[i] = rule.stochastic(was.at[i], student.at[i], random[(kN == 4 ? from & 4 : from) + i]);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kN; ++i) teacher.at[i] = rule(was.at[i], student.at[i]);
+      }
+      if (kept != 0) {
+#pragma unroll
+        for (int i = 0; i < kN; ++i) teacher.at[i] = kept >> i & 1u ? was.at[i] : teacher.at[i];
+      }
+      store(teacher_address, teacher.word());
+      if constexpr (Rule::kCasts) {
+        const uint64_t copy_address = chunk.extra + uint64_t{first} * sizeof(uint16_t);
+        if (chunk.extra == 0) continue;
+        if (chunk.flags & kCastToHalf) {
+          store_copy<Half>(copy_address, teacher);
+        } else {
+          store_copy<BFloat16>(copy_address, teacher);
+        }
+      }
+    }
+  });
+  return skipped;
+}
+
+template <typename U>
+__device__ __forceinline__ void swap_chunk(const Chunk& chunk) {
+  for_elements<U, U>(chunk, [&](auto n, uint32_t first) {
+    typename Elements<U, decltype(n)::value>::Word teacher, student;
+    const uint64_t offset = uint64_t{first} * sizeof(U);
+    load(teacher, chunk.teacher + offset);
+    load(student, chunk.student + offset);
+    store(chunk.teacher + offset, student);
+    store(chunk.student + offset, teacher);
+  });
 }
 
 }  // namespace eman
 
-// One block a chunk.
-extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const __grid_constant__ eman::Params params) {
+// Each kernel: one block a piece of the student.
+extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const __grid_constant__ eman::Call call) {
   using namespace eman;
-  const Chunk chunk = params.chunks[blockIdx.x];
-  const Weight weight = weight_of(params);
-  with_rule(chunk.pair, weight, [&](const auto& rule) { update_chunk(chunk, rule); });
+  if (call.is_off()) return;
+  const Chunk chunk = call.chunks[blockIdx.x];
+  with_rule(chunk.pair, call.weight(0), [&](const auto& rule) { update_chunk(chunk, rule); });
+}
+
+// 64 registers, so that no architecture spills: 4 blocks then lie on an SM, enough of them to keep memory busy.
+extern "C" __global__ void __launch_bounds__(eman::kThreads, 4)
+    eman_update_general(const __grid_constant__ eman::Call call) {
+  using namespace eman;
+  if (call.is_off()) return;
+  const Chunk* records = call.chunks + int64_t{call.n_teachers} * blockIdx.x;
+  const Philox philox = call.random();
+  uint32_t skipped = 0;
+  with_rule(records[0].pair, Weight(), [&](const auto& rule) { skipped = update_piece(records, rule, call, philox); });
+  // Rare, so that nothing is gained by adding up a block's first.
+  if (skipped != 0 && call.skipped != nullptr) atomicAdd(call.skipped, static_cast<unsigned long long>(skipped));
+}
+
+extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_swap(const eman::Chunk* chunks) {
+  using namespace eman;
+  const Chunk chunk = chunks[blockIdx.x];
+  with_width(chunk.pair, [&](auto element) { swap_chunk<decltype(element)>(chunk); });
 }

@@ -1,10 +1,13 @@
 """The update as a function: of two networks, or of two lists of tensors."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from numbers import Real
 from operator import is_
+from typing import Literal, get_args
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -12,13 +15,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
-from .pairing import Rule, Watch, pair_lists, pair_modules
-from .plan import Plan
+from .pairing import Pair, Rule, Watch, check, named_tensors, pair_lists, pair_modules
+from .plan import Call, Plan
+
+Rounding = Literal["nearest", "stochastic"]
+Nonfinite = Literal["propagate", "skip"]
 
 
 @dataclass(slots=True)
 class _Followed:
-    """What is remembered of a pair of networks."""
+    """What is remembered of teachers and their student."""
 
     options: tuple[object, ...]
     watch: Watch
@@ -29,9 +35,9 @@ class _Followed:
         return self.options == options and not self.plan.moved(self.tensors) and not self.watch.changed()
 
 
-# teacher -> student -> _Followed. Weak in both, so that a plan never keeps a network alive.
+# The first teacher -> student -> _Followed. Weak in both, so that a plan never keeps a network alive.
 _followed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Followed]] = WeakKeyDictionary()
-# The first teacher tensor of a list -> weak references to all tensors of both lists, the backend, and the plan.
+# The first teacher tensor of a list -> weak references to all tensors of both lists, the options, and the plan.
 _lists: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -44,6 +50,12 @@ def eman_update_(
     rules: Mapping[str, Rule] | None = None,
     buffers: Rule = "ema",
     backend: str | None = None,
+    found_inf: Tensor | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    nonfinite: Nonfinite = "propagate",
+    skipped: Tensor | None = None,
 ) -> None:
     """Let the teacher network follow the student: ``t <- t + (1 - m)(s - t)``, in place and in one pass.
 
@@ -63,22 +75,29 @@ def eman_update_(
             Spectral norm's ``{"*.weight_u": "copy", "*.weight_v": "copy"}``, for example.
         buffers: "ema", "copy" or "skip" for the buffers that no pattern names.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
+        found_inf: a tensor of one element, on the teacher's device or the CPU; where it is not 0, nothing is written.
+            GradScaler's is float32, which the kernel reads as it is; of another dtype it is converted first.
+        rounding: of bfloat16 and float16 teachers: "nearest", or "stochastic", up or down at random so that the mean
+            is the exact average: at a high momentum a teacher rounded to nearest stands still.
+        seed, step: of stochastic rounding, which gives the same bits for the same pair of them on every backend; the
+            seed in [0, 2^32), the step another for each update: a number, or a 0-d int64 tensor on the teacher's
+            device.
+        nonfinite: "propagate" NaNs and infinities of the student, or "skip" them: such an element keeps its teacher's
+            value.
+        skipped: a 0-d int64 tensor on the teacher's device, to which the number of skipped elements is added.
 
     Raises:
-        ValueError: the networks differ (all differences are listed), share memory, or an option is not known.
+        ValueError: the networks differ (all differences are listed), share memory, an option is not known, or a tensor
+            among the options lies on another device than the teacher.
         RuntimeError: the backend that was asked for is not available, or a teacher tensor requires grad outside of
             torch.no_grad(). Nothing has been written when either is raised.
 
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
-    momentum = as_momentum(momentum)
-    options = (rules, buffers, backends.requested(backend))
-    students = _followed.setdefault(teacher, WeakKeyDictionary())
-    followed = students.get(student)
-    if followed is None or not followed.holds(options):
-        followed = students[student] = _follow(teacher, student, options)
-    _run(followed.plan, followed.tensors[::2], momentum)
+    check_modes(rounding, seed, step, nonfinite)
+    call = call_of([momentum], found_inf, seed, step, skipped)
+    update_networks([teacher], student, call, (rules, buffers, backends.requested(backend), rounding, nonfinite))
 
 
 @torch.compiler.disable
@@ -88,6 +107,12 @@ def ema_update_(
     momentum: float | Tensor,
     *,
     backend: str | None = None,
+    found_inf: Tensor | None = None,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    nonfinite: Nonfinite = "propagate",
+    skipped: Tensor | None = None,
 ) -> None:
     """Let teacher tensors follow student tensors, paired by position: ``eman_update_`` without modules and names.
 
@@ -97,24 +122,52 @@ def ema_update_(
     Args:
         teacher_tensors: tensors that are written.
         student_tensors: as many tensors of the same shapes.
-        momentum, backend: as in ``eman_update_``; so are the errors.
+        momentum and all others: as in ``eman_update_``; so are the errors.
     """
-    momentum = as_momentum(momentum)
-    backend = backends.requested(backend)
+    check_modes(rounding, seed, step, nonfinite)
+    call = call_of([momentum], found_inf, seed, step, skipped)
+    options = (backends.requested(backend), rounding, nonfinite)
     if not teacher_tensors and not student_tensors:
         return
     tensors = list(chain.from_iterable(zip(teacher_tensors, student_tensors)))  # noqa: B905  pair_lists says so better
     known = _lists.get(teacher_tensors[0]) if teacher_tensors else None
     if (
         known is None
-        or known[1] != backend
+        or known[1] != options
         or len(known[0]) != len(teacher_tensors) + len(student_tensors)
         or not all(map(is_, (weak() for weak in known[0]), tensors))
         or known[2].moved(tensors)
     ):
-        pairs = pair_lists(list(teacher_tensors), list(student_tensors))
-        known = _lists[teacher_tensors[0]] = ([ref(tensor) for tensor in tensors], backend, Plan(pairs, backend))
-    _run(known[2], teacher_tensors, momentum)
+        plan = _plan(pair_lists(list(teacher_tensors), list(student_tensors)), *options)
+        known = _lists[teacher_tensors[0]] = ([ref(tensor) for tensor in tensors], options, plan)
+    _run(known[2], teacher_tensors, call)
+
+
+@contextmanager
+def swapped(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    rules: Mapping[str, Rule] | None = None,
+    backend: str | None = None,
+) -> Iterator[None]:
+    """Within the context the student holds the teacher's values and the teacher the student's: to evaluate the average
+    in the student's place. They are exchanged in one pass without a temporary, and back again on leaving, after an
+    exception too. Evaluate in eval mode: BatchNorm in training mode would change the teacher's statistics.
+
+    Args:
+        teacher, student: as in ``eman_update_``, and of the same dtypes.
+        rules: tensors whose rule is "skip" stay where they are.
+        backend: as in ``eman_update_``.
+
+    Raises:
+        ValueError: as ``eman_update_``, or a dtype differs: it would not come back as it was.
+    """
+    _swap(teacher, student, rules, backend)
+    try:
+        yield
+    finally:
+        _swap(teacher, student, rules, backend)
 
 
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
@@ -123,18 +176,106 @@ def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     return followed.plan if followed else None
 
 
-def _follow(teacher: nn.Module, student: nn.Module, options: tuple) -> _Followed:
-    if teacher is student:
+def update_networks(
+    teachers: Sequence[nn.Module],
+    student: nn.Module,
+    call: Call,
+    options: tuple,
+    copies: Sequence[nn.Module] = (),
+) -> None:
+    """Let several networks follow one. options: rules, buffers, backend, rounding, nonfinite. copies: the teachers'
+    low-precision copies."""
+    options = (*options, *map(ref, teachers[1:]), *map(ref, copies))
+    students = _followed.setdefault(teachers[0], WeakKeyDictionary())
+    followed = students.get(student)
+    if followed is None or not followed.holds(options):
+        followed = students[student] = _follow(teachers, student, options, copies)
+    _run(followed.plan, followed.tensors[::2], call)
+
+
+def _follow(
+    teachers: Sequence[nn.Module], student: nn.Module, options: tuple, copies: Sequence[nn.Module]
+) -> _Followed:
+    if any(teacher is student for teacher in teachers):
         raise ValueError("teacher and student are the same module; the teacher must be a copy.deepcopy of the student")
-    rules, buffers, backend = options
-    pairs = pair_modules(teacher, student, rules, buffers)
-    watch = Watch(teacher, student)
+    rules, buffers, backend, rounding, nonfinite = options[:5]
+    pairs = []
+    for group, teacher in enumerate(teachers):
+        low = named_tensors(copies[group]) if copies else {}
+        for pair in pair_modules(teacher, student, rules, buffers):
+            cast = low.get(pair.name)
+            pairs.append(replace(pair, group=group, cast=None if cast is pair.teacher else cast))
+    watch = Watch(*teachers, student)
     return _Followed(
-        options=(dict(rules) if rules is not None else None, buffers, backend),
+        options=(dict(rules) if rules is not None else None, *options[1:]),
         watch=watch,
         tensors=[tensor for pair in pairs for tensor in (pair.teacher, pair.student)],
-        plan=Plan(pairs, backend, also_read=watch.objects()),
+        plan=_plan(pairs, backend, rounding, nonfinite, also_read=watch.objects()),
     )
+
+
+def _plan(pairs: list[Pair], backend: str | None, rounding: str, nonfinite: str, also_read: Sequence = ()) -> Plan:
+    stochastic, skip_nonfinite = rounding == "stochastic", nonfinite == "skip"
+    return Plan(pairs, backend, stochastic=stochastic, skip_nonfinite=skip_nonfinite, also_read=also_read)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None, backend: str | None) -> None:
+    pairs = [replace(pair, rule="swap") for pair in pair_modules(teacher, student, rules)]
+    differing = [
+        f"{pair.name}: the teacher is {pair.teacher.dtype}, the student {pair.student.dtype}"
+        for pair in pairs
+        if pair.teacher.dtype != pair.student.dtype
+    ]
+    if differing:
+        remedy = "Evaluate the teacher itself, or give both the same dtype."
+        check([], differing, remedy, head="what is exchanged would not come back as it was; nothing was written.")
+    plan = Plan(pairs, backends.requested(backend))
+    torch.autograd.graph.increment_version([t for pair in pairs for t in (pair.teacher, pair.student)])
+    plan.swap()
+
+
+def check_modes(rounding: str, seed: int, step: int | Tensor | None, nonfinite: str) -> None:
+    """Raises ValueError for a rounding or a nonfinite mode that is none, or one that lacks its seed or step."""
+    for name, value, known in (("rounding", rounding, Rounding), ("nonfinite", nonfinite, Nonfinite)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, get_args(known)))}")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be in [0, 2^32), and is {seed}")
+    if rounding == "stochastic" and step is None:
+        raise ValueError("rounding='stochastic' needs step=, the number of this update: each must draw its own bits")
+
+
+def call_of(
+    momenta: Sequence[float | Tensor],
+    found_inf: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> Call:
+    """The call, with what it was given checked as far as can be without waiting for a device.
+
+    Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
+    """
+    momenta = list(map(as_momentum, momenta))
+    on_device = next((momentum for momentum in momenta if isinstance(momentum, Tensor)), None)
+    if on_device is not None:
+        device = on_device.device
+        momenta = (
+            torch.stack([torch.as_tensor(m, dtype=torch.float64, device=device) for m in momenta])
+            if len(momenta) > 1
+            else on_device
+        )
+    if found_inf is not None:
+        if found_inf.numel() != 1:
+            raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
+        found_inf = found_inf.detach().reshape(()).to(torch.float32)
+    for name, tensor in (("step", step), ("skipped", skipped)):
+        if isinstance(tensor, Tensor) and (tensor.dim() or tensor.dtype != torch.int64):
+            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise TypeError(f"{name} in a tensor must be 0-d and of int64, and is {what}")
+    return Call(momenta, found_inf, seed, 0 if step is None else step, skipped)
 
 
 def as_momentum(momentum: float | Tensor) -> float | Tensor:
@@ -152,14 +293,27 @@ def as_momentum(momentum: float | Tensor) -> float | Tensor:
     return momentum if isinstance(momentum, Tensor) else float(momentum)
 
 
-def _run(plan: Plan, teachers: Sequence[Tensor], momentum: float | Tensor) -> None:
+def _run(plan: Plan, teachers: Sequence[Tensor], call: Call) -> None:
     if torch.is_grad_enabled() and any(map(Tensor.requires_grad.__get__, teachers)):
         name = next(name for name, tensor in zip(plan.names, teachers, strict=True) if tensor.requires_grad)
         raise RuntimeError(
             f"{name}: the teacher requires grad and is updated in place: call teacher.requires_grad_(False) once, or "
             f"update under torch.no_grad(). Nothing was written."
         )
+    if plan.stalls_below and not isinstance(call.momenta, Tensor):
+        _warn_of_a_stall(plan, max(call.momenta))
     # Autograd does not see what a kernel writes. Untold, it would not notice a backward pass that needs the old values.
     # Told now, while the tensors are in the cache that the kernel will fill with elements.
     torch.autograd.graph.increment_version(teachers)
-    plan.run(momentum)
+    plan.run(call)
+
+
+def _warn_of_a_stall(plan: Plan, momentum: float) -> None:
+    if 0 < 1 - momentum < plan.stalls_below:
+        plan.stalls_below = 0.0  # once
+        warnings.warn(
+            f"at momentum {momentum} a half-precision teacher rounded to nearest stands still: elements within a tenth "
+            "of the student's move by less than half an ulp. Take rounding='stochastic', or a float32 teacher "
+            "(EMANTeacher(student, dtype=torch.float32)).",
+            stacklevel=4,
+        )

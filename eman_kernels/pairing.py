@@ -23,12 +23,15 @@ _LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A teacher tensor, the student tensor that it follows, and how: rule is "ema" or "copy"."""
+    """A teacher tensor, the student tensor that it follows, and how: rule is "ema" or "copy", or "swap" to exchange."""
 
     name: str
     teacher: Tensor
     student: Tensor
-    rule: Rule
+    rule: str
+    group: int = 0  # which of several teachers of the student this is of
+    cast: Tensor | None = None  # the teacher tensor's low-precision copy
+    first: int = 0  # the number of its first element, by which stochastic rounding draws
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -112,12 +115,16 @@ def default_rule(tensor: Tensor) -> Rule:
     return "ema" if tensor.is_floating_point() or tensor.is_complex() else "copy"
 
 
-def check(pairs: Iterable[Pair], differences: Iterable[str] = (), remedy: str = "") -> None:
+def check(
+    pairs: Iterable[Pair],
+    differences: Iterable[str] = (),
+    remedy: str = "",
+    head: str = "the teacher cannot follow the student; nothing was written.",
+) -> None:
     """Raises ValueError that lists the differences given and all that is wrong with a pair by itself."""
     wrong = [*differences, *(f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair)))]
     if wrong:
         listed = wrong[:_LISTED] + [f"and {len(wrong) - _LISTED} more"] * (len(wrong) > _LISTED)
-        head = "the teacher cannot follow the student; nothing was written."
         raise ValueError("\n  ".join([head, *listed]) + f"\n{remedy}".rstrip())
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from types import ModuleType
@@ -16,7 +16,8 @@ from .pairing import Pair
 
 # csrc/chunk.h, in Python's words.
 CHUNK_SIZE = 16384
-VECTOR16 = 1
+VECTOR16, COPIED, CAST_TO_HALF = 1, 2, 4
+MAX_TEACHERS = 8
 PAIR_CODES = {
     ("ema", torch.float32, torch.float32): 0,
     ("ema", torch.float32, torch.bfloat16): 1,
@@ -29,8 +30,22 @@ PAIR_CODES = {
 }
 COPY_CODES = {1: 8, 2: 9, 4: 10, 8: 11}  # by the bytes of an element
 
+# The half types, and the step from 1 to the next larger number in each.
+_EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
+
 # A captured graph reads its table at every replay, when the plan may be long gone.
 _captured_tables: list[Tensor] = []
+
+
+@dataclass(slots=True)
+class Call:
+    """What differs from one update to the next. Tensors lie on the teacher's device and are not waited for."""
+
+    momenta: list[float] | Tensor  # one for each teacher; a tensor is of float32 or float64
+    found_inf: Tensor | None = None  # float32: nothing is written when it is not 0
+    seed: int = 0  # of stochastic rounding; below 2^32
+    step: int | Tensor = 0  # likewise; a tensor is of int64
+    skipped: Tensor | None = None  # int64: the number of skipped student elements is added to it
 
 
 @dataclass
@@ -39,29 +54,57 @@ class Work:
 
     device: torch.device
     backend: ModuleType
-    pairs: list[Pair]
+    pairs: list[Pair]  # of one student tensor behind one another, a teacher each
+    n_teachers: int = 1
+    stochastic: bool = False
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        self.stochastic &= any(pair.rule == "ema" and pair.teacher.dtype in _EPSILON for pair in self.pairs)
+        casts = any(pair.cast is not None for pair in self.pairs)
+        # The kernels for one teacher, rounded to nearest, and no more, are the fast ones.
+        self.general = self.n_teachers > 1 or self.stochastic or self.skip_nonfinite or casts
 
     @cached_property
     def table(self) -> Tensor:
-        """The chunk records, int64 [n_chunks, 4] on the device; csrc/chunk.h says what they hold.
+        """The chunk records, int64 [n_pieces * n_teachers, 4] on the device; csrc/chunk.h says what they hold.
 
         Full chunks come first: the small tensors then fill the tail of the run instead of opening it.
         """
-        teacher, student, numel, code, teacher_bytes, student_bytes = _on_host(
-            (t.data_ptr(), s.data_ptr(), t.numel(), pair_code(pair), t.element_size(), s.element_size())
-            for pair in self.pairs
-            for t, s in ((pair.teacher, pair.student),)
-        ).T
-        chunks = (numel + CHUNK_SIZE - 1) // CHUNK_SIZE
+        columns = _on_host(number for pair in self.pairs for number in self._record(pair))
+        teacher, student, extra, numel, code, teacher_bytes, student_bytes, extra_bytes = columns.view(
+            -1, self.n_teachers, 8
+        ).unbind(-1)
+        chunks = (numel[:, 0] + CHUNK_SIZE - 1) // CHUNK_SIZE
         which = _on_host(range(len(numel))).repeat_interleave(chunks)
-        first = (_on_host(range(len(which))) - (chunks.cumsum(0) - chunks)[which]) * CHUNK_SIZE
+        first = (_on_host(range(len(which))) - (chunks.cumsum(0) - chunks)[which])[:, None] * CHUNK_SIZE
         length = (numel[which] - first).clamp(max=CHUNK_SIZE)
         teacher = teacher[which] + first * teacher_bytes[which]
         student = student[which] + first * student_bytes[which]
-        vector16 = ((teacher | student) % 16 == 0).long() * VECTOR16
+        extra = extra[which] + first * extra_bytes[which]
+        addresses = teacher | student | torch.where(extra_bytes[which] == 2, extra, 0)
+        vector16 = (addresses % 16 == 0).all(1, keepdim=True).long() * VECTOR16
         packed = length | code[which] << 32 | vector16 << 48
-        table = torch.stack([teacher, student, torch.zeros_like(teacher), packed], dim=1)
-        return table[length.argsort(descending=True, stable=True)].to(self.device)
+        table = torch.stack([teacher, student, extra, packed], dim=-1)
+        return table[length[:, 0].argsort(descending=True, stable=True)].view(-1, 4).to(self.device)
+
+    def _record(self, pair: Pair) -> tuple[int, ...]:
+        """What a pair's chunks are cut from; the code with the flags that all of them have."""
+        teacher, student, cast = pair.teacher, pair.student, pair.cast
+        code, extra, extra_bytes = pair_code(pair), 0, 0
+        if pair.rule == "copy" and teacher.is_floating_point() and (cast is not None or self.skip_nonfinite):
+            code = PAIR_CODES["ema", teacher.dtype, teacher.dtype] | COPIED << 16
+        if cast is not None:
+            code |= (cast.dtype == torch.float16) * CAST_TO_HALF << 16
+            extra, extra_bytes = cast.data_ptr(), 2
+        elif teacher.dtype in _EPSILON:
+            extra, extra_bytes = pair.first, 1
+        sizes = teacher.element_size(), student.element_size(), extra_bytes
+        return teacher.data_ptr(), student.data_ptr(), extra, teacher.numel(), code, *sizes
+
+    @property
+    def n_pieces(self) -> int:
+        return len(self.table) // self.n_teachers
 
     def keep_table(self) -> None:
         """Keep the table's memory until the current stream of its device, where it was just launched, has read it."""
@@ -74,6 +117,7 @@ class Work:
 
     @cached_property
     def numel(self) -> int:
+        """The teachers' elements."""
         return sum(pair.teacher.numel() for pair in self.pairs)
 
 
@@ -85,10 +129,19 @@ class Plan:
     Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
     that was asked for cannot do the work.
 
-    also_read: objects that the caller looks at in each step, after `moved`.
+    stochastic: round half teachers up or down at random. skip_nonfinite: leave a teacher's element where the student's
+    is NaN or infinite. also_read: objects that the caller looks at in each step, after `moved`.
     """
 
-    def __init__(self, pairs: list[Pair], backend: str | None = None, also_read: Sequence[object] = ()) -> None:
+    def __init__(
+        self,
+        pairs: list[Pair],
+        backend: str | None = None,
+        *,
+        stochastic: bool = False,
+        skip_nonfinite: bool = False,
+        also_read: Sequence[object] = (),
+    ) -> None:
         tensors = [tensor for pair in pairs for tensor in (pair.teacher, pair.student)]
         self._with_address = list(map(_is_plain, tensors))
         self._addresses = self._addresses_of(tensors)
@@ -96,11 +149,16 @@ class Plan:
         self._dicts = [thing for thing in also_read if type(thing) is dict]
         self._dict_lines = _on_host(map(id, self._dicts))
         self.names = [pair.name for pair in pairs]
+        self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         # Inference mode would make aliases that cannot be written once it has ended.
         with torch.inference_mode(False):
-            pairs = [Pair(pair.name, _alias(pair.teacher), _alias(pair.student), pair.rule) for pair in pairs]
-        self.pairs = _without_ties_and_empties(pairs)
+            pairs = [replace(pair, teacher=_alias(pair.teacher), student=_alias(pair.student)) for pair in pairs]
+        self.pairs = _numbered(_without_ties_and_empties(pairs))
         _check_memory(self.pairs)
+        # Below this weight, elements that are a tenth away from the student's do not move: half an ulp is a quarter of
+        # epsilon of them, or more.
+        halves = [pair.teacher.dtype for pair in self.pairs if pair.rule == "ema" and pair.teacher.dtype in _EPSILON]
+        self.stalls_below = 0.0 if stochastic else max((10 * _EPSILON[dtype] / 4 for dtype in halves), default=0.0)
 
         self.ineligible: dict[str, str] = {}
         on_cuda = any(pair.teacher.is_cuda or pair.student.is_cuda for pair in self.pairs)
@@ -109,17 +167,23 @@ class Plan:
                 "the plan of this update must be made before a CUDA graph is captured, because its table is copied to "
                 "the device: call update() once before the capture, and do not move tensors in between"
             )
+        bundles: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            bundles.setdefault(pair.name, []).append(pair)
         by_device: dict[torch.device, list[Pair]] = {}
         rest: list[Pair] = []
-        for pair in self.pairs:
-            if reason := ineligible(pair):
-                self.ineligible[pair.name] = reason
-                rest.append(pair)
+        for name, bundle in bundles.items():
+            if reason := _ineligible(bundle, self.n_teachers, skip_nonfinite):
+                self.ineligible[name] = reason
+                rest += bundle
             else:
-                by_device.setdefault(pair.teacher.device, []).append(pair)
-        self.works = [Work(device, backends.choose(device, backend), pairs) for device, pairs in by_device.items()]
+                by_device.setdefault(bundle[0].teacher.device, []).extend(bundle)
+        options = self.n_teachers, stochastic, skip_nonfinite
+        self.works = [
+            Work(device, backends.choose(device, backend), pairs, *options) for device, pairs in by_device.items()
+        ]
         if rest:
-            self.works.append(Work(rest[0].teacher.device, reference, rest))
+            self.works.append(Work(rest[0].teacher.device, reference, rest, *options))
         for work in self.works:
             if work.backend.TAKES_TABLE:
                 work.table  # noqa: B018  now, and not in the first step
@@ -134,17 +198,24 @@ class Plan:
             extension.C.prefetch(lines.data_ptr(), len(lines), dicts.data_ptr(), len(dicts))
         return self._addresses_of(tensors) != self._addresses
 
-    def run(self, momentum: float | Tensor) -> None:
-        """Update the teacher in place. Raises ValueError if the momentum lies on another device than the teacher."""
-        if isinstance(momentum, Tensor):
-            for work in self.works:
-                if momentum.device != work.device:
-                    raise ValueError(
-                        f"the momentum is on {momentum.device} and the teacher on {work.device}; move it there, or "
-                        "give it as a number. Nothing was written."
-                    )
+    def run(self, call: Call) -> None:
+        """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""
+        if call.found_inf is not None and call.found_inf.device.type == "cpu":
+            if call.found_inf:
+                return
+            call.found_inf = None
+        for name in ("momenta", "found_inf", "step", "skipped"):
+            tensor = getattr(call, name)
+            for work in self.works if isinstance(tensor, Tensor) else ():
+                if tensor.device != work.device:
+                    raise ValueError(_on_another_device(name, tensor.device, work.device))
         for work in self.works:
-            work.backend.run(work, momentum)
+            work.backend.run(work, call)
+
+    def swap(self) -> None:
+        """Exchange the pairs' values, in place."""
+        for work in self.works:
+            work.backend.swap(work)
 
     def describe(self) -> str:
         """What is updated how, by which backend, and what is not eligible for the fast path and why."""
@@ -162,11 +233,31 @@ class Plan:
 
 def pair_code(pair: Pair) -> int | None:
     """The pair's code in a chunk record; None if the kernels do not know it."""
+    if pair.cast is not None and pair.teacher.dtype != torch.float32:
+        return None
     if pair.rule == "ema":
         return PAIR_CODES.get(("ema", pair.teacher.dtype, pair.student.dtype))
     if pair.teacher.dtype != pair.student.dtype or pair.teacher.is_complex():
         return None
     return COPY_CODES.get(pair.teacher.element_size())
+
+
+def _on_another_device(name: str, device: torch.device, teachers: torch.device) -> str:
+    what = {"momenta": "momentum", "skipped": "counter of skipped elements"}.get(name, name)
+    remedy = ", or give the momentum as a number" if name == "momenta" else ""
+    return f"the {what} is on {device} and the teacher on {teachers}; move it there{remedy}. Nothing was written."
+
+
+def _ineligible(bundle: list[Pair], n_teachers: int, skip_nonfinite: bool) -> str | None:
+    """Why the reference must update these pairs of one student tensor; None if they can be cut into chunks."""
+    if reason := next(filter(None, map(ineligible, bundle)), None):
+        return reason
+    if len(bundle) < n_teachers or len({(pair.teacher.dtype, pair.rule) for pair in bundle}) > 1:
+        return "its teachers differ in dtypes or ties"
+    dtype = bundle[0].teacher.dtype
+    if skip_nonfinite and dtype.is_floating_point and ("ema", dtype, dtype) not in PAIR_CODES:
+        return f"no kernel knows what is finite in {dtype}"
+    return None
 
 
 def ineligible(pair: Pair) -> str | None:
@@ -251,6 +342,15 @@ def _without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
     return list(first.values())
 
 
+def _numbered(pairs: list[Pair]) -> list[Pair]:
+    """With the numbers of their first elements: multiples of 8, the same whoever updates them."""
+    numbered, first = [], 0
+    for pair in pairs:
+        numbered.append(replace(pair, first=first))
+        first += (pair.teacher.numel() + 7) // 8 * 8
+    return numbered
+
+
 def _place(tensor: Tensor) -> object:
     if not _is_plain(tensor):
         return id(tensor)
@@ -258,26 +358,32 @@ def _place(tensor: Tensor) -> object:
 
 
 def _check_memory(pairs: list[Pair]) -> None:
-    spans: dict[torch.device, list[tuple[int, int, str, str]]] = {}
+    several = len({pair.group for pair in pairs}) > 1
+    spans: dict[torch.device, list[tuple[int, int, bool, str, str]]] = {}
     for pair in pairs:
-        for who, tensor in (("teacher", pair.teacher), ("student", pair.student)):
+        who_is_teacher = f"teacher {pair.group}" if several else "teacher"
+        for who, tensor, written in (
+            (who_is_teacher, pair.teacher, True),
+            ("student", pair.student, pair.rule == "swap"),
+        ):
             if not _is_plain(tensor):
                 continue
-            if who == "teacher" and _overlaps_itself(tensor):
+            if written and _overlaps_itself(tensor):
                 raise ValueError(
-                    f"{pair.name}: the teacher is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
+                    f"{pair.name}: the {who} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
                     f"strides {tensor.stride()}), and one place would be written twice; give it memory with .clone()"
                 )
             start = tensor.data_ptr()
             end = start + _extent(tensor) * tensor.element_size()
-            spans.setdefault(tensor.device, []).append((start, end, who, pair.name))
+            spans.setdefault(tensor.device, []).append((start, end, written, who, pair.name))
     for on_device in spans.values():
-        last: dict[str, tuple[int, str]] = {}
-        for start, end, who, name in sorted(on_device):
-            for other, (other_end, other_name) in last.items():
-                if start < other_end and "teacher" in (who, other):
+        # The furthest that a tensor which is written, and one which is only read, has reached so far.
+        last: dict[bool, tuple[int, str, str]] = {}
+        for start, end, written, who, name in sorted(on_device):
+            for other_written, (other_end, other, other_name) in last.items():
+                if start < other_end and (written or other_written):
                     raise ValueError(
                         f"the {who}'s {name} and the {other}'s {other_name} share memory; the teacher must have its "
                         f"own (copy.deepcopy the student, or .clone() the tensor). Nothing was written."
                     )
-            last[who] = max(last.get(who, (0, "")), (end, name))
+            last[written] = max(last.get(written, (0, "", "")), (end, who, name))

@@ -1,16 +1,23 @@
-"""EMANTeacher: the teacher as a module."""
+"""EMANTeacher and EMANTeachers: the teacher, or several, as a module."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .backends import requested
-from .functional import as_momentum, eman_update_
+from .functional import Nonfinite, Rounding, as_momentum, call_of, check_modes, swapped, update_networks
+from .low_precision import LowPrecision, check_cast
 from .pairing import Rule, check_rules, unwrap
+from .plan import MAX_TEACHERS
+
+Momentum = float | Tensor | Callable[[Any], float | Tensor]
 
 
 class EMANTeacher(nn.Module):
@@ -27,10 +34,20 @@ class EMANTeacher(nn.Module):
         buffers: "ema" (EMAN, default), "copy" or "skip", for the buffers that no pattern names.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         dtype: the floating-point dtype of the teacher; default: the student's. ``torch.float32`` for a bf16 student:
-            a bf16 teacher hardly moves at a high momentum, because its steps are less than half an ulp.
+            a bf16 teacher rounded to nearest hardly moves at a high momentum, its steps being less than half an ulp.
+        rounding: "nearest" (default) or "stochastic", with which bf16 and fp16 teachers move all the same: up or down
+            at random, so that the mean is the exact average. A run repeats itself for the same seed.
+        seed: of stochastic rounding, in [0, 2^32); default 0.
+        cast: ``torch.bfloat16`` or ``torch.float16``: a low-precision copy of a float32 teacher is written in the same
+            pass, and ``teacher(x)`` runs it, on x cast likewise. BatchNorm stays in float32, which torch's takes beside
+            bf16 inputs. ``teacher.module`` and state_dict() hold the float32 teacher.
+        nonfinite: "propagate" (default) NaNs and infinities of the student, or "skip" them: such an element keeps its
+            teacher's value, and ``teacher.skipped`` counts how many there were.
+        capturable: keep the step on the teacher's device, so that an update in a captured CUDA graph advances it, and
+            with it the schedule (which then gets the step as a 0-d float64 tensor) and stochastic rounding.
 
     Raises:
-        ValueError: momentum is out of range, or a rule or backend is not known.
+        ValueError: momentum or seed is out of range, or a rule, a backend, a mode or a dtype is not known or not fit.
 
     state_dict() holds the network under ``module.`` and the step; training resumes exactly from it.
 
@@ -44,15 +61,21 @@ class EMANTeacher(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        momentum: float | Tensor | Callable[[int], float | Tensor] = 0.999,
+        momentum: Momentum = 0.999,
         *,
         rules: Mapping[str, Rule] | None = None,
         buffers: Rule = "ema",
         backend: str | None = None,
         dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        seed: int = 0,
+        cast: torch.dtype | None = None,
+        nonfinite: Nonfinite = "propagate",
+        capturable: bool = False,
     ) -> None:
         super().__init__()
         check_rules(rules or {}, buffers)
+        check_modes(rounding, seed, 0, nonfinite)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, and is {dtype}")
         if not callable(momentum):
@@ -61,38 +84,74 @@ class EMANTeacher(nn.Module):
         self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype)
+        check_cast(self.module, cast)
         self.momentum = momentum
         self.rules = dict(rules or {})
         self.buffer_rule = buffers
         self.backend = backend
-        self.step = 0
+        self.rounding = rounding
+        self.seed = seed
+        self.cast = cast
+        self.nonfinite = nonfinite
+        self.capturable = capturable
+        self.skipped: Tensor | None = None
+        self._step: int | Tensor = 0
+        self._copy: LowPrecision | None = None
         self._student: ref[nn.Module] | None = None
+        self._swapped = False
         self.eval()
 
     @torch.compiler.disable
     @torch.no_grad()
-    def update(self, student: nn.Module | None = None, *, momentum: float | Tensor | None = None) -> None:
+    def update(
+        self,
+        student: nn.Module | None = None,
+        *,
+        momentum: float | Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Follow the student by one step, in place and in one pass; see ``eman_update_`` for what is done and raised.
 
         Args:
             student: the network to follow; default: the one of the last update.
             momentum: for this update, instead of the teacher's own.
+            found_inf: GradScaler's tensor, or any of one element: where it is not 0, the teacher and its step stay as
+                they are. On a GPU nothing waits for it; the step then lies on the device as well.
         """
-        if student is None:
-            student = self._student() if self._student is not None else None
-            if student is None:
-                raise RuntimeError("no student has been seen yet (or it is gone): call update(student)")
-        if momentum is None:
-            momentum = self.momentum(self.step) if callable(self.momentum) else self.momentum
-        eman_update_(self.module, student, momentum, rules=self.rules, buffers=self.buffer_rule, backend=self.backend)
-        self.step += 1
-        if self._student is None or self._student() is not student:
-            self._student = ref(student)
+        _update([self], student, [momentum], found_inf)
+
+    @property
+    def step(self) -> int:
+        """The updates made. Waits for the device where the step lies there."""
+        return int(self._step)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if isinstance(self._step, Tensor):
+            self._step.fill_(step)  # in place: a captured graph reads it
+        else:
+            self._step = int(step)
+
+    @contextmanager
+    def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
+        """Within the context the student holds the teacher's values, and the teacher the student's: see
+        ``eman_kernels.swapped``. The teacher cannot be updated meanwhile."""
+        if self._swapped:
+            raise RuntimeError("the teacher is swapped already")
+        with swapped(self.module, self._followed(student), rules=self.rules, backend=self.backend):
+            self._swapped = True
+            try:
+                yield
+            finally:
+                self._swapped = False
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, without gradients. For gradients to the input, call ``teacher.module``."""
-        return self.module(*args, **kwargs)
+        if self.cast is None:
+            return self.module(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, self._as_cast, (args, kwargs))
+        return self._low_precision().module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "EMANTeacher":
         """Stays in eval mode whatever the mode: the teacher's BatchNorm never normalises with its own batch."""
@@ -106,10 +165,152 @@ class EMANTeacher(nn.Module):
         self.step = int(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled, and a copy has not seen the student.
-        return self.__dict__ | {"_student": None}
+        # A weak reference cannot be pickled, and a copy has not seen the student; the low-precision copy is made anew.
+        return self.__dict__ | {"_student": None, "_copy": None}
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, step={self.step}, buffers={self.buffer_rule!r}" + (
             f", rules={self.rules}" if self.rules else ""
         )
+
+    def _followed(self, student: nn.Module | None) -> nn.Module:
+        if student is None:
+            student = self._student() if self._student is not None else None
+        if student is None:
+            raise RuntimeError("no student has been seen yet (or it is gone): call update(student)")
+        return student
+
+    def _as_cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.cast) if tensor.is_floating_point() else tensor
+
+    def _low_precision(self) -> "LowPrecision":
+        if self._copy is None or not (torch.compiler.is_compiling() or self._copy.is_true()):
+            self._copy = LowPrecision(self.module, self.cast)
+        return self._copy
+
+    def _device(self) -> torch.device:
+        return next(chain(self.module.parameters(), self.module.buffers())).device
+
+    def _prepare(self, found_inf: Tensor | None) -> None:
+        """Bring the step, and the counter of skipped elements, to where the kernels read and write them."""
+        on_device = self.capturable or (found_inf is not None and found_inf.device.type != "cpu")
+        counts = self.nonfinite == "skip"
+        if not (on_device or counts or callable(self.momentum) or self.rounding == "stochastic"):
+            return
+        device = self._device()
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not self.capturable and (callable(self.momentum) or self.rounding == "stochastic"):
+            raise RuntimeError(
+                "a captured graph would replay this one step's momentum and random bits: EMANTeacher(capturable=True) "
+                "keeps the step on the device, where each replay advances it"
+            )
+        missing = (on_device and _elsewhere(self._step, device)) or (counts and _elsewhere(self.skipped, device))
+        if capturing and missing:
+            raise RuntimeError("call update() once, with the same arguments, before the capture: it allocates")
+        if on_device and missing:
+            self._step = torch.as_tensor(self._step, device=device)
+        if counts and missing:
+            skipped = torch.zeros((), dtype=torch.int64) if self.skipped is None else self.skipped
+            self.skipped = skipped.to(device)
+
+
+class EMANTeachers(nn.Module):
+    """Several teachers of one student, each with a momentum of its own, updated together in one pass that reads the
+    student once.
+
+    ``teachers[i]`` is an EMANTeacher; ``teachers(x)`` is the list of their outputs.
+
+    Args:
+        student: the network to follow.
+        momenta: a momentum, or a schedule, for each teacher; 1 to 8 of them.
+        options: those of EMANTeacher, for all.
+
+    Raises:
+        ValueError: as EMANTeacher, or there are no momenta or more than 8.
+
+    >>> student = nn.Linear(4, 4)
+    >>> teachers = EMANTeachers(student, momenta=[0.99, 0.999, 0.9999])
+    >>> teachers.update(student)
+    >>> [teacher.step for teacher in teachers]
+    [1, 1, 1]
+    """
+
+    def __init__(self, student: nn.Module, momenta: Sequence[Momentum], **options: Any) -> None:
+        super().__init__()
+        if not 1 <= len(momenta) <= MAX_TEACHERS:
+            raise ValueError(f"momenta must be 1 to {MAX_TEACHERS}, and are {len(momenta)}")
+        self.teachers = nn.ModuleList(EMANTeacher(student, momentum, **options) for momentum in momenta)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
+        """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
+        _update(list(self.teachers), student, [None] * len(self.teachers), found_inf)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """With nonfinite="skip": how many elements of the student were."""
+        return self.teachers[0].skipped
+
+    def swapped(self, index: int, student: nn.Module | None = None) -> AbstractContextManager[None]:
+        """``teachers[index].swapped(student)``."""
+        return self.teachers[index].swapped(student)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [teacher(*args, **kwargs) for teacher in self.teachers]
+
+    def __getitem__(self, index: int) -> EMANTeacher:
+        return self.teachers[index]
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    def __iter__(self) -> Iterator[EMANTeacher]:
+        return iter(self.teachers)
+
+
+def _update(
+    teachers: list[EMANTeacher],
+    student: nn.Module | None,
+    momenta: list[float | Tensor | None],
+    found_inf: Tensor | None,
+) -> None:
+    first = teachers[0]
+    student = first._followed(student)
+    if any(teacher._swapped for teacher in teachers):
+        raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
+    for teacher in teachers:
+        teacher._prepare(found_inf)
+    call = call_of(
+        [_momentum(teacher) if given is None else given for teacher, given in zip(teachers, momenta, strict=True)],
+        found_inf,
+        first.seed,
+        first._step,
+        first.skipped,
+    )
+    copies = [teacher._low_precision() for teacher in teachers] if first.cast is not None else []
+    options = (first.rules, first.buffer_rule, requested(first.backend), first.rounding, first.nonfinite)
+    networks = [teacher.module for teacher in teachers]
+    update_networks(networks, student, call, options, [low.module for low in copies])
+    for low in copies:
+        low.seen()
+    for teacher in teachers:
+        if teacher._student is None or teacher._student() is not student:
+            teacher._student = ref(student)
+        if found_inf is None:
+            teacher._step += 1
+        elif isinstance(teacher._step, Tensor):
+            teacher._step += found_inf.reshape(()).to(teacher._step.device) == 0
+        else:
+            teacher._step += int(found_inf == 0)
+
+
+def _momentum(teacher: EMANTeacher) -> float | Tensor:
+    if not callable(teacher.momentum):
+        return teacher.momentum
+    # In double, because 1 - m of a float32 m is three digits short.
+    return teacher.momentum(teacher._step.double() if isinstance(teacher._step, Tensor) else teacher._step)
+
+
+def _elsewhere(thing: object, device: torch.device) -> bool:
+    return not isinstance(thing, Tensor) or thing.device != device

@@ -1,6 +1,7 @@
 """What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -97,6 +98,16 @@ def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
     """torch's own, on the CPU, in the precision and with the rounding that the update promises."""
     wide = torch.float64 if torch.float64 in (teacher.dtype, student.dtype) else torch.float32
     return torch.lerp(teacher.cpu().to(wide), student.cpu().to(wide), 1.0 - momentum).to(teacher.dtype)
+
+
+def is_interpreted(backend: str, device: torch.device) -> bool:
+    return backend == "triton" and device.type == "cpu"
+
+
+def comparison(backend: str, device: torch.device, *dtypes: torch.dtype) -> Callable[..., None]:
+    """How to compare what this backend made of tensors of these dtypes."""
+    inexact = is_interpreted(backend, device) and torch.bfloat16 in dtypes
+    return assert_same_but_for_the_interpreter if inexact else assert_same_bits
 
 
 def assert_same_but_for_the_interpreter(actual: Tensor, expected: Tensor, what: str = "") -> None:

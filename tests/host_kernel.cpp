@@ -3,17 +3,20 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 // What CUDA would define.
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __popc __builtin_popcount
 #define __grid_constant__
 static struct {
   unsigned x;
 } threadIdx, blockIdx;
+static void atomicAdd(unsigned long long* sum, unsigned long long number) { *sum += number; }
 
 #include "eman_update.cuh"
 #include "eman_update.h"
@@ -22,6 +25,7 @@ namespace {
 
 struct Case {
   uint32_t pair, numel, teacher_bytes, student_bytes, teacher_offset, student_offset;
+  uint64_t first;  // the number of its first element, for stochastic rounding
 };
 
 template <typename T>
@@ -39,65 +43,107 @@ struct Tensor {
   Tensor(uint32_t offset, uint32_t bytes)
       : offset(offset), bytes(bytes), memory(static_cast<uint8_t*>(malloc(offset + bytes))) {
     memset(memory, 0x5A, offset);
-    read(memory + offset, bytes);
   }
   uint64_t address() const { return reinterpret_cast<uint64_t>(memory + offset); }
-  void check() const {
+  void write_out() const {
     for (uint32_t i = 0; i < offset; ++i) {
       if (memory[i] != 0x5A) {
         fprintf(stderr, "a byte before a tensor was written\n");
         exit(3);
       }
     }
+    fwrite(memory + offset, 1, bytes, stdout);
+    free(memory);
   }
 };
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const char* kernel = argc > 1 ? argv[1] : "";
-  double momentum;
+// argv[1]: cuda or cpu, the plain kernels; cuda-double or cuda-float, with the momentum read from memory; cuda-general
+// or cpu-general, with two teachers that start alike, stochastic rounding, NaNs skipped, and a bfloat16 copy of what is
+// float; cuda-swap or cpu-swap.
+int main(int, char** argv) {
+  const std::string kernel = argv[1];
+  const auto is = [&](const char* what) { return kernel.find(what) != std::string::npos; };
+  const bool general = is("general"), swap = is("swap");
+  const int n_teachers = general ? 2 : 1;
+  double momenta[2] = {0, 0.25};
   uint32_t count;
-  read(&momentum, 1);
+  read(momenta, 1);
   read(&count, 1);
   std::vector<Case> cases(count);
   read(cases.data(), count);
 
-  std::vector<Tensor> teachers, students;
+  std::vector<Tensor> students;
+  std::vector<Tensor> teachers;  // each case's, and then each one's copy, or one of no bytes
   std::vector<eman::Chunk> table;
   for (const Case& c : cases) {
-    teachers.emplace_back(c.teacher_offset, c.numel * c.teacher_bytes);
+    Tensor original(c.teacher_offset, c.numel * c.teacher_bytes);
+    read(original.memory + original.offset, original.bytes);
     students.emplace_back(c.student_offset, c.numel * c.student_bytes);
+    read(students.back().memory + students.back().offset, students.back().bytes);
+    const size_t mine = teachers.size();
+    const bool casts = general && c.pair <= 2;  // float
+    for (int k = 0; k < n_teachers; ++k) {
+      teachers.emplace_back(original.offset, original.bytes);
+      memcpy(teachers.back().memory, original.memory, original.offset + original.bytes);
+      teachers.emplace_back(c.teacher_offset / 2, casts ? c.numel * 2 : 0);
+    }
+    free(original.memory);
     for (uint32_t first = 0; first < c.numel; first += eman::kChunkSize) {
-      eman::Chunk chunk{};
-      chunk.teacher = teachers.back().address() + uint64_t{first} * c.teacher_bytes;
-      chunk.student = students.back().address() + uint64_t{first} * c.student_bytes;
-      chunk.numel = c.numel - first < eman::kChunkSize ? c.numel - first : eman::kChunkSize;
-      chunk.pair = static_cast<uint16_t>(c.pair);
-      chunk.flags = (chunk.teacher | chunk.student) % 16 == 0 ? eman::kVector16 : 0;
-      table.push_back(chunk);
+      for (int k = 0; k < n_teachers; ++k) {
+        eman::Chunk chunk{};
+        chunk.teacher = teachers[mine + 2 * k].address() + uint64_t{first} * c.teacher_bytes;
+        chunk.student = students.back().address() + uint64_t{first} * c.student_bytes;
+        chunk.extra = casts ? teachers[mine + 2 * k + 1].address() + uint64_t{first} * 2 : c.first + first;
+        chunk.numel = c.numel - first < eman::kChunkSize ? c.numel - first : eman::kChunkSize;
+        chunk.pair = static_cast<uint16_t>(c.pair);
+        const uint64_t addresses = chunk.teacher | chunk.student | (casts ? chunk.extra : 0);
+        chunk.flags = addresses % 16 == 0 ? eman::kVector16 : 0;
+        table.push_back(chunk);
+      }
     }
   }
 
-  if (strcmp(kernel, "cpu") == 0) {
-    eman::update_cpu(reinterpret_cast<uint64_t>(table.data()), static_cast<int64_t>(table.size()), momentum, 2);
+  unsigned long long skipped = 0;
+  const int64_t step = 2;
+  const float in_float = static_cast<float>(momenta[0]);
+  eman::Call call{};
+  call.chunks = table.data();
+  call.n_teachers = n_teachers;
+  for (int k = 0; k < n_teachers; ++k) call.weights[k] = eman::Weight(momenta[k]);
+  call.stochastic = call.skip_nonfinite = true;
+  call.philox = {1, is("cuda") ? 0u : 2u};
+  call.skipped = &skipped;
+  if (is("cuda")) call.step = &step;
+  if (is("double") || is("float")) {
+    call.weights[0] = eman::Weight(0.25);
+    call.momenta_are_double = is("double");
+    call.momenta = is("double") ? static_cast<const void*>(momenta) : &in_float;
+  }
+  const auto n_pieces = static_cast<int64_t>(table.size()) / n_teachers;
+
+  if (is("cpu")) {
+    if (swap) {
+      eman::swap_cpu(table.data(), n_pieces, 2);
+    } else {
+      eman::update_cpu(call, n_pieces, general, 2);
+    }
   } else {
-    // By value, or read from where it lies, as a double or a float.
-    const float in_float = static_cast<float>(momentum);
-    const bool is_double = strcmp(kernel, "cuda-double") == 0;
-    const bool is_float = strcmp(kernel, "cuda-float") == 0;
-    const void* address = is_double ? static_cast<const void*>(&momentum) : is_float ? &in_float : nullptr;
-    const eman::Params params{table.data(), eman::Weight(address ? 0.25 : momentum), address, is_double};
-    for (blockIdx.x = 0; blockIdx.x < table.size(); ++blockIdx.x) {
-      for (threadIdx.x = 0; threadIdx.x < eman::kThreads; ++threadIdx.x) eman_update(params);
+    for (blockIdx.x = 0; blockIdx.x < n_pieces; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < eman::kThreads; ++threadIdx.x) {
+        if (swap) {
+          eman_swap(table.data());
+        } else if (general) {
+          eman_update_general(call);
+        } else {
+          eman_update(call);
+        }
+      }
     }
   }
 
-  for (size_t i = 0; i < cases.size(); ++i) {
-    teachers[i].check();
-    students[i].check();
-    fwrite(teachers[i].memory + teachers[i].offset, 1, teachers[i].bytes, stdout);
-    free(teachers[i].memory);
-    free(students[i].memory);
-  }
+  for (size_t i = 0; i < teachers.size(); ++i) teachers[i].write_out();
+  for (size_t i = 0; i < students.size(); ++i) students[i].write_out();
+  fwrite(&skipped, sizeof skipped, 1, stdout);
 }

@@ -12,7 +12,8 @@ from conftest import (
     SIZES,
     Guarded,
     assert_same_bits,
-    assert_same_but_for_the_interpreter,
+    comparison,
+    is_interpreted,
     lerp,
     values,
 )
@@ -21,14 +22,15 @@ import eman_kernels
 from eman_kernels import ema_update_
 from eman_kernels.backends import reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*stands still")  # every dtype at every momentum
+
 
 @pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))
 @pytest.mark.parametrize("offsets", [(0, 0), (1, 0), (0, 1), (3, 3)], ids=lambda o: f"{o[0]}-{o[1]}-off")
 def test_ema(backend_and_device, dtypes, offsets):
     backend, device = backend_and_device
-    interpreted = backend == "triton" and device.type == "cpu"
-    same = assert_same_but_for_the_interpreter if interpreted and torch.bfloat16 in dtypes else assert_same_bits
-    for momentum in (0.0, 0.5, 0.996) if interpreted else MOMENTA:
+    same = comparison(backend, device, *dtypes)
+    for momentum in (0.0, 0.5, 0.996) if is_interpreted(backend, device) else MOMENTA:
         teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in SIZES]
         students = [Guarded(values(size, dtypes[1]), offsets[1], device) for size in SIZES]
         expected = [lerp(t.tensor, s.tensor, momentum) for t, s in zip(teachers, students, strict=True)]
@@ -99,7 +101,7 @@ def test_against_fp64(backend_and_device, dtypes):
     ema_update_([got], [student.to(device)], momentum, backend=backend)
     error = (got.cpu().double() - exact).abs()
     bound = torch.finfo(dtypes[0]).eps * exact.abs() / 2 + torch.finfo(torch.float32).eps * (1 - momentum) * 8
-    if backend == "triton" and device.type == "cpu" and dtypes[0] == torch.bfloat16:
+    if is_interpreted(backend, device) and dtypes[0] == torch.bfloat16:
         bound *= 2  # the interpreter truncates
     assert (error <= bound).all()
 
@@ -116,8 +118,7 @@ def test_reference_is_one_fma():
             fmaf(rounded, d, t) if rounded < 0.5 else fmaf(rounded - 1, d, s)
             for t, s, d in zip(teacher.tolist(), student.tolist(), difference, strict=True)
         ]
-        reference.update(teacher, student, "ema", weight)
-        assert teacher.tolist() == want
+        assert reference.lerp(teacher, student, weight).tolist() == want
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -153,7 +154,7 @@ def test_cpu_kernel_uses_several_threads_with_the_same_bits():
     for threads in (1, 2, 5):
         mine = teacher.clone()
         (work,) = Plan(pair_lists([mine], [student]), "cpu").works
-        _C.update_cpu(work.table.data_ptr(), len(work.table), 0.9, threads)
+        _C.update_cpu(_C.Call(work.table.data_ptr(), [0.9]), len(work.table), False, threads)
         assert_same_bits(mine, want, f"{threads} threads")
     assert cpu.threads(10) == 1
     assert cpu.threads(1 << 30) == torch.get_num_threads()

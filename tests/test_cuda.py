@@ -10,7 +10,7 @@ from conftest import assert_same_bits, lerp
 from torch import nn
 
 import eman_kernels
-from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan, plan_for
+from eman_kernels import EMANTeacher, backends, ema_update_, eman_update_, plan, plan_for
 from eman_kernels.backends import cuda
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
@@ -210,7 +210,7 @@ def test_a_launch_error_names_the_device(backend):
     from eman_kernels import _C
 
     with pytest.raises(RuntimeError, match="failed on cuda:99: cudaErrorInvalidDevice"):
-        _C.update_cuda(0, 1, 0.5, 0, False, 99, 0)
+        _C.update_cuda(_C.Call(0, [0.5]), 1, False, 99, 0)
     teacher, student = pair()
     ema_update_([teacher], [student], 0.0, backend=backend)
     assert torch.equal(teacher, student)
@@ -220,6 +220,9 @@ def test_a_launch_error_names_the_device(backend):
 
 
 class Calls(list):
+    def Call(self, *args, **options):
+        return *args, options
+
     def __getattr__(self, name):
         return lambda *args: self.append((name, *args))
 
@@ -243,21 +246,36 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
     extension, table = Calls(), Table()
     stream = types.SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(cuda, "C", extension)
+    monkeypatch.setattr(backends.extension, "C", extension)
     monkeypatch.setattr(plan, "_captured_tables", kept := [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     work = plan.Work(torch.device("cuda", 1), cuda, [])
     work.table = table
-    on_device = [torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)]
-    for momentum in (0.25, *on_device):
-        cuda.run(work, momentum)
+    single, double, found_inf, step, skipped = map(torch.tensor, (0.25, 0.25, 0.0, 7, 0))
+    double = double.double()
+    cuda.run(work, plan.Call([0.25], found_inf))
+    cuda.run(work, plan.Call(single))
+    cuda.run(work, plan.Call(double))
+    cuda.swap(work)
+    general = plan.Work(torch.device("cuda", 1), cuda, [], n_teachers=5, skip_nonfinite=True)
+    general.table = table
+    cuda.run(general, plan.Call(double, seed=3, step=(1 << 32) + 4))
+    cuda.run(general, plan.Call([0.5] * 5, seed=3, step=step, skipped=skipped))
+    momenta = {"momenta_address": double.data_ptr(), "momenta_are_double": True}
+    options = {"stochastic": False, "skip_nonfinite": True, "seed": 3}
+    addresses = {"step_address": step.data_ptr(), "skipped": skipped.data_ptr()}
     assert extension == [
-        ("update_cuda", 4096, 5, 0.25, 0, False, 1, 77),
-        ("update_cuda", 4096, 5, 0.0, on_device[0].data_ptr(), False, 1, 77),
-        ("update_cuda", 4096, 5, 0.0, on_device[1].data_ptr(), True, 1, 77),
-    ]
-    assert table.streams == ([] if capturing else 3 * [stream])
-    assert len(kept) == 3 * capturing
+        ("update_cuda", (4096, [0.25], {"found_inf": found_inf.data_ptr()}), 5, False, 1, 77),
+        ("update_cuda", (4096, [0.0], momenta | {"momenta_address": single.data_ptr(), "momenta_are_double": False}),
+         5, False, 1, 77),
+        ("update_cuda", (4096, [0.0], momenta), 5, False, 1, 77),
+        ("swap_cuda", 4096, 5, 1, 77),
+        ("update_cuda", (4096, [0.0] * 5, momenta | options | {"step": 4}), 1, True, 1, 77),
+        ("update_cuda", (4096, [0.5] * 5, options | addresses), 1, True, 1, 77),
+    ]  # fmt: skip
+    assert table.streams == ([] if capturing else 6 * [stream])
+    assert len(kept) == 6 * capturing
 
 
 def test_why_the_cuda_backend_cannot(monkeypatch):

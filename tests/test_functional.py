@@ -94,7 +94,7 @@ def test_lists_are_not_kept_alive():
 
 def test_a_list_remembers_its_plan(monkeypatch):
     plans = []
-    monkeypatch.setattr(functional, "Plan", lambda *args: plans.append(real(*args)) or plans[-1])
+    monkeypatch.setattr(functional, "Plan", lambda *args, **options: plans.append(real(*args, **options)) or plans[-1])
     real = eman_kernels.plan.Plan
     teachers, students = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
     for _ in range(3):

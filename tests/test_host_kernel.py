@@ -3,19 +3,23 @@
 import shutil
 import struct
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, lerp, values
 
-from eman_kernels.plan import COPY_CODES, PAIR_CODES
+from eman_kernels.backends import reference
+from eman_kernels.pairing import Pair
+from eman_kernels.plan import COPY_CODES, PAIR_CODES, Call, Work
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 # The library's own fmaf is exact, so no -mfma is needed. The kernel passes memory through words of another type.
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fopenmp", "-DEMAN_NO_CLONES"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+MILLION = 1_000_000
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -36,24 +40,52 @@ def host_kernel(tmp_path_factory):
 
 
 def run(program, kernel, cases, momentum):
-    """cases: (pair code, teacher, student, offsets in bytes). The updated teachers."""
+    """cases: (pair code, teacher, student, offsets in bytes). Each one's teachers with their copies; the students; and
+    how many elements were skipped. A case's elements are numbered from a million times its place."""
     data = struct.pack("dI", momentum, len(cases))
-    for code, teacher, student, offsets in cases:
-        data += struct.pack(
-            "6I", code, teacher.numel(), teacher.element_size(), student.element_size(), offsets[0], offsets[1]
-        )
+    for i, (code, teacher, student, offsets) in enumerate(cases):
+        sizes = teacher.numel(), teacher.element_size(), student.element_size()
+        data += struct.pack("6IQ", code, *sizes, *offsets, i * MILLION)
     for _, teacher, student, _ in cases:
         data += b"".join(bytes(t.view(torch.uint8).numpy()) if t.numel() else b"" for t in (teacher, student))
     done = subprocess.run([program, kernel], input=data, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    results, at = [], 0
-    for _, teacher, _, _ in cases:
-        nbytes = teacher.numel() * teacher.element_size()
-        raw = torch.tensor(list(done.stdout[at : at + nbytes]), dtype=torch.uint8)
-        results.append(raw.view(teacher.dtype) if nbytes else teacher)
-        at += nbytes
-    assert at == len(done.stdout)
-    return results
+    out, at = done.stdout, 0
+
+    def next_like(tensor, dtype=None):
+        nonlocal at
+        dtype = dtype or tensor.dtype
+        begin, at = at, at + tensor.numel() * dtype.itemsize
+        return torch.frombuffer(bytearray(out[begin:at]), dtype=dtype) if tensor.numel() else tensor.to(dtype)
+
+    teachers = []
+    for code, teacher, _, _ in cases:
+        general = "general" in kernel
+        casts = general and code <= 2
+        teachers.append(
+            [(next_like(teacher), next_like(teacher, torch.bfloat16) if casts else None) for _ in range(1 + general)]
+        )
+    students = [next_like(student) for _, _, student, _ in cases]
+    assert at == len(out) - 8
+    return teachers, students, struct.unpack("Q", out[at:])[0]
+
+
+@cache
+def every_case():
+    """Every pair, size and alignment."""
+    return list(_every_case())
+
+
+def _every_case():
+    for size in SIZES:
+        for dtypes in EMA_PAIRS:
+            # malloc gives multiples of 16: a whole number of elements past it, for one tensor, the other, both.
+            for offsets in ((0, 0), (1, 0), (0, 1), (3, 3)):
+                in_bytes = [o * d.itemsize for o, d in zip(offsets, dtypes, strict=True)]
+                yield PAIR_CODES[("ema", *dtypes)], values(size, dtypes[0]), values(size, dtypes[1]), in_bytes
+        for dtype in COPY_DTYPES:
+            for offset in (0, dtype.itemsize):
+                yield COPY_CODES[dtype.itemsize], values(size, dtype), values(size, dtype), (0, offset)
 
 
 @pytest.mark.parametrize(
@@ -65,32 +97,57 @@ def run(program, kernel, cases, momentum):
     ],
 )
 def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
-    cases, expected = [], []
-    for size in SIZES:
-        for dtypes in EMA_PAIRS:
-            # malloc gives multiples of 16: a whole number of elements past it, for one tensor, the other, both.
-            for offsets in ((0, 0), (1, 0), (0, 1), (3, 3)):
-                teacher, student = values(size, dtypes[0]), values(size, dtypes[1])
-                in_bytes = [o * d.itemsize for o, d in zip(offsets, dtypes, strict=True)]
-                cases.append((PAIR_CODES[("ema", *dtypes)], teacher, student, in_bytes))
-                expected.append(lerp(teacher, student, momentum))
-        for dtype in COPY_DTYPES:
-            teacher, student = values(size, dtype), values(size, dtype)
-            cases.append((COPY_CODES[dtype.itemsize], teacher, student, (0, dtype.itemsize)))
-            expected.append(student)
-            cases.append((COPY_CODES[dtype.itemsize], teacher, student, (0, 0)))
-            expected.append(student)
-    for case, got, want in zip(cases, run(host_kernel, kernel, cases, momentum), expected, strict=True):
-        assert_same_bits(got, want, f"{kernel}, pair {case[0]}, {len(want)} elements, offsets {case[3]}")
+    cases = every_case()
+    for case, [(got, _)] in zip(cases, run(host_kernel, kernel, cases, momentum)[0], strict=True):
+        code, teacher, student, offsets = case
+        want = lerp(teacher, student, momentum) if code <= max(PAIR_CODES.values()) else student
+        assert_same_bits(got, want, f"{kernel}, pair {code}, {len(want)} elements, offsets {offsets}")
 
 
-@pytest.mark.parametrize("kernel", ["cuda", "cpu"])
+@pytest.mark.parametrize("kernel", ["cuda-general", "cpu-general"])
+def test_the_general_kernels(host_kernel, kernel):
+    """Two teachers, rounded at random, NaNs skipped, and copies written: as the reference does it."""
+    momentum, averages = 0.97, max(PAIR_CODES.values())
+    cases = every_case()
+    teachers, _, n_skipped = run(host_kernel, kernel, cases, momentum)
+    expected, pairs = [], []
+    for i, (code, teacher, student, _) in enumerate(cases):
+        mine = [(teacher.clone(), torch.zeros(teacher.shape, dtype=torch.bfloat16)) for _ in range(2)]
+        expected.append(mine)
+        rule = "ema" if code <= averages else "copy"
+        if rule == "copy":
+            student = student.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[student.itemsize])
+            mine[0], mine[1] = ((t.view(student.dtype), c) for t, c in mine)
+        for group, (t, cast) in enumerate(mine):
+            cast = cast if code <= 2 else None
+            pairs.append(Pair("", t, student, rule, group, cast, first=i * MILLION))
+    skipped = torch.zeros((), dtype=torch.int64)
+    work = Work(torch.device("cpu"), reference, pairs, 2, stochastic=True, skip_nonfinite=True)
+    reference.run(work, Call([momentum, 0.25], seed=1, step=2, skipped=skipped))
+    for case, got, want in zip(cases, teachers, expected, strict=True):
+        for k in range(2):
+            what = f"{kernel}, teacher {k}, pair {case[0]}, {case[1].numel()} elements, offsets {case[3]}"
+            assert_same_bits(got[k][0].view(want[k][0].dtype), want[k][0], what)
+            if got[k][1] is not None:
+                assert_same_bits(got[k][1], want[k][1], what)
+    assert n_skipped == skipped > 1000
+
+
+@pytest.mark.parametrize("kernel", ["cuda-swap", "cpu-swap"])
+def test_swap(host_kernel, kernel):
+    cases = [case for case in every_case() if case[0] > max(PAIR_CODES.values())]
+    teachers, students, _ = run(host_kernel, kernel, cases, 0.0)
+    for (_, teacher, student, _), [(got, _)], got_student in zip(cases, teachers, students, strict=True):
+        assert_same_bits(got, student)
+        assert_same_bits(got_student, teacher)
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "cpu", "cuda-general", "cpu-general", "cuda-swap", "cpu-swap"])
 def test_the_sanitizers_see_an_access_outside_of_a_tensor(host_kernel, kernel):
     """That they do see: a case that claims one element more than the student has."""
     teacher, student = torch.zeros(1000), torch.ones(1000)
-    data = struct.pack("dI", 0.5, 1) + struct.pack(
-        "6I", PAIR_CODES["ema", torch.float32, torch.float32], 1000, 4, 2, 0, 0
-    )
+    code = COPY_CODES[4] if "swap" in kernel else PAIR_CODES["ema", torch.float32, torch.float32]
+    data = struct.pack("dI", 0.5, 1) + struct.pack("6IQ", code, 1000, 4, 2, 0, 0, 0)
     data += bytes(teacher.numpy()) + bytes(student.numpy())
     done = subprocess.run([host_kernel, kernel], input=data, capture_output=True)
     assert b"heap-buffer-overflow" in done.stderr

@@ -13,7 +13,7 @@ from torch import nn
 from eman_kernels import backends, ema_update_, eman_update_, plan_for
 from eman_kernels.backends import extension, reference
 from eman_kernels.pairing import Pair, pair_lists
-from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, PAIR_CODES, VECTOR16, Plan, Work
+from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, MAX_TEACHERS, PAIR_CODES, VECTOR16, Plan, Work
 
 numels = st.one_of(st.integers(0, 40), st.integers(CHUNK_SIZE - 9, CHUNK_SIZE + 9), st.integers(0, 5 * CHUNK_SIZE))
 dtypes = st.sampled_from([*EMA_PAIRS, *((dtype, dtype) for dtype in COPY_DTYPES)])
@@ -22,8 +22,8 @@ sizes = st.lists(st.tuples(numels, dtypes, st.integers(0, 5), st.integers(0, 5))
 
 def records(table):
     """The table's rows, unpacked as csrc/chunk.h declares them."""
-    for teacher, student, reserved, packed in table.tolist():
-        yield teacher, student, reserved, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, packed >> 48
+    for teacher, student, extra, packed in table.tolist():
+        yield teacher, student, extra, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, packed >> 48
 
 
 @given(sizes)
@@ -32,18 +32,17 @@ def test_every_element_lies_in_exactly_one_chunk(cases):
     pairs = []
     for i, (numel, (teacher, student), *offsets) in enumerate(cases):
         t, s = (torch.empty(numel + o, dtype=d)[o:] for d, o in zip((teacher, student), offsets, strict=True))
-        pairs.append(Pair(str(i), t, s, "ema" if teacher.is_floating_point else "copy"))
+        pairs.append(Pair(str(i), t, s, "ema" if teacher.is_floating_point else "copy", first=i << 40))
     work = Work(torch.device("cpu"), reference, [pair for pair in pairs if pair.teacher.numel()])
     if not work.pairs:
         return
     covered = {}
     lengths = []
-    for teacher, student, reserved, numel, code, flags in records(work.table):
-        assert reserved == 0
+    for teacher, student, extra, numel, code, flags in records(work.table):
         assert 1 <= numel <= CHUNK_SIZE
         assert flags == (VECTOR16 if teacher % 16 == 0 and student % 16 == 0 else 0)
         lengths.append(numel)
-        covered.setdefault(code, []).append((teacher, student, numel))
+        covered.setdefault(code, []).append((teacher, student, extra, numel))
     assert lengths == sorted(lengths, reverse=True)
     expected = {}
     for pair in work.pairs:
@@ -53,7 +52,12 @@ def test_every_element_lies_in_exactly_one_chunk(cases):
         for first in range(0, pair.teacher.numel(), CHUNK_SIZE):
             n = min(CHUNK_SIZE, pair.teacher.numel() - first)
             expected.setdefault(code, []).append(
-                (pair.teacher.data_ptr() + first * t_bytes, pair.student.data_ptr() + first * s_bytes, n)
+                (
+                    pair.teacher.data_ptr() + first * t_bytes,
+                    pair.student.data_ptr() + first * s_bytes,
+                    pair.first + first if pair.teacher.dtype in (torch.bfloat16, torch.float16) else 0,
+                    n,
+                )
             )
     assert {code: sorted(rows) for code, rows in covered.items()} == {c: sorted(rows) for c, rows in expected.items()}
 
@@ -66,7 +70,7 @@ def test_codes_and_layout_are_those_of_chunk_h():
     mine = {f"{names[teacher]}<-{names[student]}": code for (_, teacher, student), code in PAIR_CODES.items()}
     mine |= {f"uint{8 * width}_t": code for width, code in COPY_CODES.items()}
     assert mine == C.pair_codes
-    assert (C.chunk_bytes, C.chunk_size) == (32, CHUNK_SIZE)
+    assert (C.chunk_bytes, C.chunk_size, C.max_teachers) == (32, CHUNK_SIZE, MAX_TEACHERS)
 
 
 def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
@@ -101,7 +105,7 @@ def ineligible_pairs():
 def test_an_ineligible_pair_is_updated_by_the_reference_in_the_same_call(why, teacher, student):
     easy_t, easy_s = torch.zeros(100), torch.ones(100)
     want = teacher.clone()
-    reference.update(want, student, "ema" if teacher.dtype != torch.int64 else "copy", 0.25)
+    want.copy_(reference.lerp(teacher, student, 0.25) if teacher.dtype != torch.int64 else student)
     plan = Plan(pair_lists([easy_t, teacher], [easy_s, student]), None)
     assert why in plan.describe()
     assert "teacher_tensors[1]" in plan.describe()

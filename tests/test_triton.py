@@ -1,5 +1,6 @@
 """The Triton kernel without a GPU: interpreted against the reference, and compiled ahead of time for NVIDIA and AMD."""
 
+import operator
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 from eman_kernels import ema_update_
 from eman_kernels.backends import triton as backend
+from eman_kernels.plan import Call
 
 HERE = Path(__file__).parent
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -22,9 +24,20 @@ if backend.missing:
 
 
 @pytest.mark.skipif(VERSION < (3, 9), reason=f"the interpreter of triton {triton.__version__} rounds an fma twice")
-def test_interpreted_over_every_pair_size_and_alignment():
-    """test_backends.py once more, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "test_backends.py"]
+@pytest.mark.parametrize(
+    ("file", "tests"),
+    [
+        # 8 pairs by 4 alignments, 7 copies by 2, 8 pairs by 3 momenta on the device, the end points, 8 pairs in fp64.
+        ("test_backends.py", 8 * 4 + 7 * 2 + 8 * 3 + 1 + 8),
+        # Stochastic: 4 pairs by 3 alignments by 2, and its draws. Cast: 3 pairs by 2 types by 2 alignments. Skipping: 8
+        # pairs, counted and not, 4 copies, integers. Teachers: 3 counts by 3 momenta, the first one. found_inf: 2 by 3.
+        # Swap: 8 types by 3 alignments, the context. All at once.
+        ("test_general.py", 4 * 3 * 2 + 1 + 3 * 2 * 2 + 8 * 2 + 4 + 1 + 3 * 3 + 1 + 2 * 3 + 8 * 3 + 1 + 1),
+    ],
+)
+def test_interpreted(file, tests):
+    """The tests of the backends once more, in a process in which Triton interprets."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
     done = subprocess.run(
         [*command, "-k", "triton-interpreted"],
         capture_output=True,
@@ -32,22 +45,29 @@ def test_interpreted_over_every_pair_size_and_alignment():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    # 8 pairs by 4 alignments, 7 copies by 2, 8 pairs by 3 momenta on the device, the end points, 8 pairs against fp64.
-    assert re.search(rf"^{8 * 4 + 7 * 2 + 8 * 3 + 1 + 8} passed, \d+ deselected", done.stdout, re.M), done.stdout[-500:]
+    assert re.search(rf"^{tests} passed, \d+ deselected", done.stdout, re.M), done.stdout[-500:]
 
 
-def compiled(target, *arguments, options, momentum=None):
+def compiled(target, *arguments, options, kernel="eman_update", general=None, **types):
+    """general: n_teachers, stochastic, skips, casts. types: of the arguments that are there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process")
     target = GPUTarget(target, *arguments)
+    constants = {"THREADS": target.warp_size * backend.NUM_WARPS}
+    signature = {"table": "*i64"}
+    if kernel == "eman_update":
+        n_teachers = general[0] if general else 1
+        by_value = {} if "momenta" in types else {"weights": n_teachers * (("fp32",) * 3,)}
+        names = ("momenta", "weights", "found_inf", "seed", "step", "skipped")
+        signature |= dict.fromkeys(names, "constexpr") | by_value | types
+        constants |= {name: None for name in names if signature[name] == "constexpr"} | {"GENERAL": general}
     source = ASTSource(
-        backend.eman_update,
-        signature={"table": "*i64", "momentum": momentum or "constexpr"}
-        | {"high": "fp32", "middle": "fp32", "low": "fp32", "THREADS": "constexpr"},
-        constexprs={"THREADS": target.warp_size * backend.NUM_WARPS} | ({} if momentum else {"momentum": None}),
+        getattr(backend, kernel),
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
         attrs={(0,): [["tt.divisibility", 16]]},
     )
     return triton.compile(source, target=target, options=options)
@@ -59,32 +79,72 @@ WIDE_LOADS = 4 * 2 + 4 + 4
 WIDE_STORES = 12 - 2
 
 
-@pytest.mark.parametrize("momentum", [None, "*fp32", "*fp64"], ids=["by value", "float on device", "double on device"])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_ptx_and_registers_for_nvidia(arch, momentum, tmp_path):
-    kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_OPTIONS, momentum=momentum)
-    ptx = kernel.asm["ptx"]
-    accesses = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx)
-    widths = Counter((which, int(vector or 1) * int(bits) // 8) for which, vector, bits in accesses)
-    assert widths["ld", 16] >= WIDE_LOADS
-    assert widths["st", 16] >= WIDE_STORES
-    assert not re.search(r"\b(ld|st)\.(?!global|param)\w", ptx), (
-        "an access that is not global: shared, local or generic"
-    )
-    assert "bar.sync" not in ptx
+def accesses_of(kernel):
+    """How many of which width in bytes, as ("ld", 16)."""
+    found = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    return Counter((which, int(vector or 1) * int(bits) // 8) for which, vector, bits in found)
 
+
+def resources_of(kernel, tmp_path):
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not cuobjdump.exists():
         pytest.skip("this triton carries no cuobjdump: registers not counted")
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    said = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+    command = [cuobjdump, "--dump-resource-usage", cubin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+
+
+@pytest.mark.parametrize("types", [{}, {"momenta": "*fp32"}, {"momenta": "*fp64"}, {"found_inf": "*fp32"}], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_ptx_and_registers_for_nvidia(arch, types, tmp_path):
+    kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_OPTIONS, **types)
+    widths = accesses_of(kernel)
+    assert widths["ld", 16] >= WIDE_LOADS
+    assert widths["st", 16] >= WIDE_STORES
+    ptx = kernel.asm["ptx"]
+    assert not re.search(r"\b(ld|st)\.(?!global|param)\w", ptx), (
+        "an access that is not global: shared, local or generic"
+    )
+    assert "bar.sync" not in ptx
+    used = resources_of(kernel, tmp_path)
     print(f"sm_{arch}:", used)
     assert used["REG"] <= 40
     assert used["STACK"] == used["SHARED"] == used["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("general", "types"),
+    [
+        ((1, True, False, False), {"seed": "i32", "step": "i32"}),
+        ((1, True, False, False), {"seed": "i32", "step": "*i64", "momenta": "*fp64", "found_inf": "*fp32"}),
+        ((1, False, True, False), {"skipped": "*i64"}),
+        ((1, False, False, True), {}),
+        ((3, False, False, False), {}),
+        ("swap", {}),
+    ],
+    ids=["stochastic", "stochastic, all on device", "skip", "cast", "three teachers", "swap"],
+)
+def test_ptx_and_registers_of_the_general_update(arch, general, types, tmp_path):
+    which = {"kernel": "eman_swap"} if general == "swap" else {"general": general}
+    kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_GENERAL_OPTIONS, **which, **types)
+    n_teachers = 1 if general == "swap" else general[0]
+    widths = accesses_of(kernel)
+    if general == "swap":
+        assert widths["ld", 16] == widths["st", 16] == 2 * 4
+    else:
+        # A row of eight bytes is the widest that a copy of bytes takes. The student is read once for all teachers.
+        students, teachers, stores = 4 + 2 + 3, 4 + 2, WIDE_STORES - 1
+        assert widths["ld", 16] == students + n_teachers * teachers
+        assert widths["st", 16] == n_teachers * stores
+    used = resources_of(kernel, tmp_path)
+    print(f"sm_{arch}, {general}:", used)
+    assert used["REG"] <= 64
+    assert used["STACK"] == used["LOCAL"] == 0
+    # Only the sum of what was skipped goes through shared memory, once.
+    assert ("bar.sync" in kernel.asm["ptx"]) == ("skipped" in types)
 
 
 def test_code_for_amd():
@@ -132,7 +192,8 @@ def test_asked_for_by_name_and_not_able(monkeypatch):
     assert reason("cuda") is None
 
 
-def test_what_is_launched(monkeypatch):
+@pytest.mark.parametrize(("name", "warp"), [("cuda", 32), ("hip", 64)])
+def test_what_is_launched(monkeypatch, name, warp):
     """The grid, the arguments and the options for a GPU, without one."""
     launched = []
 
@@ -142,25 +203,39 @@ def test_what_is_launched(monkeypatch):
 
     class Work:
         device = torch.device("cuda", 0)
-        table = torch.zeros(5, 4, dtype=torch.int64)
+        table = torch.zeros(6, 4, dtype=torch.int64)
+        pairs = ()
+        n_teachers, n_pieces, general, stochastic, skip_nonfinite = 1, 6, False, False, False
 
         def keep_table(self):
             launched.append("kept")
 
     guard = types.SimpleNamespace(device=lambda device: torch.no_grad())
-    monkeypatch.setattr(backend, "eman_update", Kernel())
+    target = types.SimpleNamespace(backend=name, warp_size=warp)
+    for kernel in ("eman_update", "eman_swap"):
+        monkeypatch.setattr(backend, kernel, Kernel())
     monkeypatch.setattr(torch, "get_device_module", lambda device: guard)
-    for name, warp, options in (("cuda", 32, backend.NVIDIA_OPTIONS), ("hip", 64, backend.OPTIONS)):
-        target = types.SimpleNamespace(backend=name, warp_size=warp)
-        monkeypatch.setattr(backend, "current_target", lambda device, target=target: target)
-        launched.clear()
-        backend.run(Work(), 0.75)
-        (grid, args, kwargs), kept = launched
-        assert grid == (5,)
-        assert args[0] is Work.table
-        assert args[1:] == (None, 0.25, 0.0, 0.0)
-        assert kwargs == {"THREADS": 4 * warp} | options
-        assert kept == "kept"
-        momentum = torch.tensor(0.5)
-        backend.run(Work(), momentum)
-        assert launched[2][1][1] is momentum
+    monkeypatch.setattr(backend, "current_target", lambda device: target)
+    plain, general = (
+        ({"THREADS": 4 * warp} | (options if name == "cuda" else backend.OPTIONS))
+        for options in (backend.NVIDIA_OPTIONS, backend.NVIDIA_GENERAL_OPTIONS)
+    )
+
+    backend.run(Work(), Call([0.75]))
+    (grid, args, kwargs), kept = launched
+    assert (grid, kept) == ((6,), "kept")
+    assert args[0] is Work.table
+    assert args[1:] == (None, ((0.25, 0.0, 0.0),), None, None, None, None)
+    assert kwargs == plain | {"GENERAL": None}
+
+    momentum, found_inf, step, skipped = (torch.tensor(number) for number in (0.5, 0.0, 7, 0))
+    work = Work()
+    work.n_teachers, work.n_pieces, work.general, work.stochastic, work.skip_nonfinite = 2, 3, True, True, True
+    backend.run(work, Call(momentum, found_inf, 11, step, skipped))
+    (grid, args, kwargs), _ = launched[2:]
+    assert grid == (3,)
+    assert all(map(operator.is_, args, (Work.table, momentum, None, found_inf, 11, step, skipped)))
+    assert kwargs == general | {"GENERAL": (2, True, True, False)}
+
+    backend.swap(Work())
+    assert launched[4] == ((6,), (Work.table,), general)

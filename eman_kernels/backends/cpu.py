@@ -2,7 +2,7 @@
 
 import torch
 
-from .extension import C, missing
+from .extension import C, call_of, missing
 
 NAME = "cpu"
 TAKES_TABLE = True
@@ -22,5 +22,9 @@ def threads(numel: int) -> int:
     return max(1, min(torch.get_num_threads(), numel // ELEMENTS_PER_THREAD))
 
 
-def run(work, momentum: float | torch.Tensor) -> None:
-    C.update_cpu(work.table.data_ptr(), len(work.table), float(momentum), threads(work.numel))
+def run(work, call) -> None:
+    C.update_cpu(call_of(work, call), work.n_pieces, work.general, threads(work.numel))
+
+
+def swap(work) -> None:
+    C.swap_cpu(work.table.data_ptr(), len(work.table), threads(work.numel))

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from .extension import C, missing
+from .extension import C, call_of, missing
 
 NAME = "cuda"
 TAKES_TABLE = True
@@ -36,11 +36,13 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, momentum: float | torch.Tensor) -> None:
+def run(work, call) -> None:
     stream = torch.cuda.current_stream(work.device).cuda_stream
-    if isinstance(momentum, torch.Tensor):
-        read = (0.0, momentum.data_ptr(), momentum.dtype == torch.float64)
-    else:
-        read = (momentum, 0, False)
-    C.update_cuda(work.table.data_ptr(), len(work.table), *read, work.device.index, stream)
+    C.update_cuda(call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
+    work.keep_table()
+
+
+def swap(work) -> None:
+    stream = torch.cuda.current_stream(work.device).cuda_stream
+    C.swap_cuda(work.table.data_ptr(), len(work.table), work.device.index, stream)
     work.keep_table()

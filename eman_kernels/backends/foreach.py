@@ -12,11 +12,11 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, momentum: float | torch.Tensor) -> None:
-    if isinstance(momentum, torch.Tensor):
-        # _foreach_lerp_ takes no weight on the device.
-        return reference.run(work, momentum)
-    weight = 1.0 - momentum
+def run(work, call) -> None:
+    if work.general or call.found_inf is not None or isinstance(call.momenta, torch.Tensor):
+        # _foreach_lerp_ does none of these; its weight is a number.
+        return reference.run(work, call)
+    weight = 1.0 - call.momenta[0]
     groups: dict[object, list] = {}
     for pair in work.pairs:
         groups.setdefault((pair.rule, pair.teacher.dtype, pair.student.dtype), []).append(pair)
@@ -28,5 +28,9 @@ def run(work, momentum: float | torch.Tensor) -> None:
             torch._foreach_lerp_(teachers, students, weight)
         else:
             # _foreach_lerp_ takes no mixed dtypes.
-            for pair in pairs:
-                reference.update(pair.teacher, pair.student, pair.rule, weight)
+            torch._foreach_copy_(
+                teachers, [reference.lerp(t, s, weight) for t, s in zip(teachers, students, strict=True)]
+            )
+
+
+swap = reference.swap

@@ -11,22 +11,85 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, momentum: float | Tensor) -> None:
-    weight = 1.0 - (momentum.double() if isinstance(momentum, Tensor) else momentum)
+@torch.no_grad()
+def run(work, call) -> None:
+    momenta = call.momenta
+    weights = 1.0 - momenta.double().reshape(-1) if isinstance(momenta, Tensor) else [1.0 - m for m in momenta]
     for pair in work.pairs:
-        update(pair.teacher, pair.student, pair.rule, weight)
+        teacher, student = pair.teacher, pair.student.to(pair.teacher.device)
+        if pair.rule == "copy":
+            new = student.to(teacher.dtype)
+        else:
+            average = lerp(teacher, student, weights[pair.group])
+            new = rounded_at_random(average, pair, call) if work.stochastic else average.to(teacher.dtype)
+        if work.skip_nonfinite and student.is_floating_point():
+            # torch asks float8 for no such thing.
+            infinite = ~torch.isfinite(student.float() if student.element_size() == 1 else student)
+            new = torch.where(infinite, teacher, new)
+            if pair.group == 0 and call.skipped is not None:
+                call.skipped += infinite.sum() * (1 if call.found_inf is None else call.found_inf == 0)
+        if call.found_inf is not None:
+            new = torch.where(call.found_inf != 0, teacher, new)
+        teacher.copy_(new)
+        if pair.cast is not None:
+            pair.cast.copy_(teacher)
 
 
 @torch.no_grad()
-def update(teacher: Tensor, student: Tensor, rule: str, weight: float | Tensor) -> None:
-    """Update one teacher tensor in place, in float32 or wider, rounded once into its dtype. weight = 1 - momentum."""
-    if rule == "copy":
-        teacher.copy_(student)
-        return
+def swap(work) -> None:
+    for pair in work.pairs:
+        teacher = pair.teacher.clone()
+        pair.teacher.copy_(pair.student)
+        pair.student.copy_(teacher)
+
+
+def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor) -> Tensor:
+    """The average before it is rounded, in float32 or wider. weight = 1 - momentum."""
     wide = torch.promote_types(_at_least_float32(teacher), _at_least_float32(student))
     if isinstance(weight, Tensor):
         weight = weight.to(teacher.device, wide)
-    teacher.copy_(torch.lerp(teacher.to(wide), student.to(teacher.device, wide), weight))
+    return torch.lerp(teacher.to(wide), student.to(wide), weight)
+
+
+def rounded_at_random(average: Tensor, pair, call) -> Tensor:
+    """In the teacher's dtype; if that is a half type, up or down, so that its mean is the average itself.
+
+    The upper neighbour is taken if what lies above the lower one, in 2^16ths of their distance, and the 16 bits that
+    Philox draws for the element's number make 2^16 or more.
+    """
+    dtype = pair.teacher.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return average.to(dtype)
+    average = average.float()
+    numbers = torch.arange(pair.first, pair.first + average.numel(), device=average.device)
+    words = philox(numbers // 8, call.seed, call.step)
+    drawn = (words.gather(0, (numbers % 8 // 2)[None])[0] >> numbers % 2 * 16 & 0xFFFF).view_as(average)
+    # Binary digits, and the exponent of the smallest normal number.
+    digits, smallest = (8, -126) if dtype == torch.bfloat16 else (11, -14)
+    magnitude = average.abs().nan_to_num(posinf=0.0).double()
+    distance = torch.exp2(magnitude.frexp().exponent.clamp(min=smallest + 1).double() - digits)
+    if dtype == torch.float16:
+        # Above its subnormals float32 has but 13 digits more.
+        drawn = torch.where(magnitude < 2.0**smallest, drawn, drawn // 8 * 8)
+    steps = torch.floor((torch.floor(magnitude / distance * 2**16) + drawn) / 2**16)
+    rounded = (steps * distance).copysign(average.double()).to(dtype)
+    return torch.where(average.isfinite(), rounded, average.to(dtype))
+
+
+def philox(group: Tensor, seed: int, step: int | Tensor) -> Tensor:
+    """Philox 4x32-10 of the counter (group, 0) and the key (seed, step): int64 [4, n], each below 2^32.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = group & low, group >> 32, torch.zeros_like(group), torch.zeros_like(group)
+    k0, k1 = seed, step & low
+    for _ in range(10):
+        # A product's upper half is right although int64 has a sign: the shift's sign bits are cut off.
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3])
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -139,22 +139,27 @@ struct Random {
 
 // Philox 4x32-10. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
 struct Philox {
+  static constexpr int kRounds = 10;
   uint32_t seed, step;
+
+  EMAN_FN static void round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+    const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+  }
+  EMAN_FN static void next(uint32_t& k0, uint32_t& k1) {
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
   EMAN_FN Random operator()(uint64_t group) const {
     uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = 0, c3 = 0;
     uint32_t k0 = seed, k1 = step;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
-      c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(b);
-      c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(a);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    for (int i = 0; i < kRounds; ++i, next(k0, k1)) round(c0, c1, c2, c3, k0, k1);
     return {{c0, c1, c2, c3}};
   }
 };

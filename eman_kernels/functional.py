@@ -1,5 +1,6 @@
 """The update as a function: of two networks, or of two lists of tensors."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -311,9 +312,13 @@ def _run(plan: Plan, teachers: Sequence[Tensor], call: Call) -> None:
 def _warn_of_a_stall(plan: Plan, momentum: float) -> None:
     if 0 < 1 - momentum < plan.stalls_below:
         plan.stalls_below = 0.0  # once
+        # Whose line it is stands above ours and those of torch's decorators.
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in (__package__, "torch"):
+            level, frame = level + 1, frame.f_back
         warnings.warn(
             f"at momentum {momentum} a half-precision teacher rounded to nearest stands still: elements within a tenth "
             "of the student's move by less than half an ulp. Take rounding='stochastic', or a float32 teacher "
             "(EMANTeacher(student, dtype=torch.float32)).",
-            stacklevel=4,
+            stacklevel=level,
         )

@@ -334,12 +334,21 @@ def _without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
         if pair.teacher.numel() == 0:
             continue
         known = first.setdefault(_place(pair.teacher), pair)
+        if known.group != pair.group:
+            raise ValueError(_shares(f"teacher {pair.group}", pair.name, f"teacher {known.group}", known.name))
         if known is not pair and (_place(known.student), known.rule) != (_place(pair.student), pair.rule):
             raise ValueError(
                 f"the teacher ties {known.name} and {pair.name} to one memory, but they would follow different "
                 f"students or rules; tie them in the student as well, or give the teacher two. Nothing was written."
             )
     return list(first.values())
+
+
+def _shares(who: str, name: str, other: str, other_name: str) -> str:
+    return (
+        f"{who}'s {name} and {other}'s {other_name} share memory; the teacher must have its own (copy.deepcopy the "
+        f"student, or .clone() the tensor). Nothing was written."
+    )
 
 
 def _numbered(pairs: list[Pair]) -> list[Pair]:
@@ -361,16 +370,16 @@ def _check_memory(pairs: list[Pair]) -> None:
     several = len({pair.group for pair in pairs}) > 1
     spans: dict[torch.device, list[tuple[int, int, bool, str, str]]] = {}
     for pair in pairs:
-        who_is_teacher = f"teacher {pair.group}" if several else "teacher"
+        teacher = f"teacher {pair.group}" if several else "the teacher"
         for who, tensor, written in (
-            (who_is_teacher, pair.teacher, True),
-            ("student", pair.student, pair.rule == "swap"),
+            (teacher, pair.teacher, True),
+            ("the student", pair.student, pair.rule == "swap"),
         ):
             if not _is_plain(tensor):
                 continue
             if written and _overlaps_itself(tensor):
                 raise ValueError(
-                    f"{pair.name}: the {who} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
+                    f"{pair.name}: {who} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
                     f"strides {tensor.stride()}), and one place would be written twice; give it memory with .clone()"
                 )
             start = tensor.data_ptr()
@@ -382,8 +391,5 @@ def _check_memory(pairs: list[Pair]) -> None:
         for start, end, written, who, name in sorted(on_device):
             for other_written, (other_end, other, other_name) in last.items():
                 if start < other_end and (written or other_written):
-                    raise ValueError(
-                        f"the {who}'s {name} and the {other}'s {other_name} share memory; the teacher must have its "
-                        f"own (copy.deepcopy the student, or .clone() the tensor). Nothing was written."
-                    )
+                    raise ValueError(_shares(who, name, other, other_name))
             last[written] = max(last.get(written, (0, "", "")), (end, who, name))

@@ -204,14 +204,11 @@ class EMANTeacher(nn.Module):
                 "a captured graph would replay this one step's momentum and random bits: EMANTeacher(capturable=True) "
                 "keeps the step on the device, where each replay advances it"
             )
-        missing = (on_device and _elsewhere(self._step, device)) or (counts and _elsewhere(self.skipped, device))
-        if capturing and missing:
+        step = _counter(self._step, device) if on_device else self._step
+        skipped = _counter(0 if self.skipped is None else self.skipped, device) if counts else None
+        if capturing and (step is not self._step or skipped is not self.skipped):
             raise RuntimeError("call update() once, with the same arguments, before the capture: it allocates")
-        if on_device and missing:
-            self._step = torch.as_tensor(self._step, device=device)
-        if counts and missing:
-            skipped = torch.zeros((), dtype=torch.int64) if self.skipped is None else self.skipped
-            self.skipped = skipped.to(device)
+        self._step, self.skipped = step, skipped
 
 
 class EMANTeachers(nn.Module):
@@ -312,5 +309,8 @@ def _momentum(teacher: EMANTeacher) -> float | Tensor:
     return teacher.momentum(teacher._step.double() if isinstance(teacher._step, Tensor) else teacher._step)
 
 
-def _elsewhere(thing: object, device: torch.device) -> bool:
-    return not isinstance(thing, Tensor) or thing.device != device
+def _counter(number: int | Tensor, device: torch.device) -> Tensor:
+    """The number on this device; itself, if it lies there. Made there, because a copy from the host would wait."""
+    if isinstance(number, Tensor):
+        return number.to(device)
+    return torch.full((), number, dtype=torch.int64, device=device)

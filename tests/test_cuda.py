@@ -10,7 +10,7 @@ from conftest import assert_same_bits, lerp
 from torch import nn
 
 import eman_kernels
-from eman_kernels import EMANTeacher, backends, ema_update_, eman_update_, plan, plan_for
+from eman_kernels import EMANTeacher, EMANTeachers, backends, ema_update_, eman_update_, plan, plan_for, schedules
 from eman_kernels.backends import cuda
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
@@ -42,11 +42,7 @@ def test_a_whole_resnet_in_one_launch(backend):
         want = student.state_dict()[name]
         assert_same_bits(tensor, lerp(before[name], want, 0.99) if want.is_floating_point() else want, name)
     assert not plan_for(teacher.module, student).ineligible
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        teacher.update(student)
-        torch.cuda.synchronize()
-    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = launches(teacher.update)
     assert len(on_device) == 1, on_device
     assert "eman_update" in on_device[0]
 
@@ -132,6 +128,103 @@ def test_a_captured_graph_replays_with_a_schedule(backend):
         want = lerp(teacher, student, 0.5 + k / 20)
         graph.replay()
         assert_same_bits(teacher, want, f"replay {k}")
+
+
+def launches(run):
+    """The names of what ran on the device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "options", [{"rounding": "stochastic", "dtype": torch.bfloat16}, {"cast": torch.bfloat16}, {"nonfinite": "skip"}]
+)
+def test_one_launch_whatever_the_options(backend, options):
+    student = torchvision.models.resnet18().cuda()
+    teacher = EMANTeacher(student, momentum=0.9, backend=backend, **options)
+    teacher.update(student)
+    names = launches(teacher.update)
+    assert len(names) == 1, names
+    assert "eman_update" in names[0]
+    assert not plan_for(teacher.module, student).ineligible
+
+
+@pytest.mark.cuda
+def test_one_launch_for_several_teachers_and_for_a_swap(backend):
+    student = torchvision.models.resnet18().cuda()
+    teachers = EMANTeachers(student, [0.9, 0.99, 0.999], backend=backend)
+    teachers.update(student)
+    assert len(launches(teachers.update)) == 1
+    with teachers.swapped(0):
+        pass  # compiles Triton's
+    context = teachers.swapped(0)
+    names = [name for name in launches(context.__enter__) if "Memcpy" not in name]  # the table's, to the device
+    assert len(names) == 1, names
+    assert "eman_swap" in names[0]
+    context.__exit__(None, None, None)
+
+
+@pytest.mark.cuda
+def test_found_inf_is_not_waited_for(backend):
+    student = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()
+    teacher = EMANTeacher(student, schedules.WarmUp(0.9), backend=backend)
+    found_inf = torch.zeros((), device="cuda")
+    teacher.update(student, found_inf=found_inf)
+    with torch.no_grad():
+        student[0].weight += 1
+    before = teacher.module[0].weight.clone()
+    found_inf.fill_(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(SLEEP)
+        teacher.update(student, found_inf=found_inf)
+        assert not torch.cuda.current_stream().query(), "update() waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(teacher.module[0].weight, before)
+    assert teacher.step == 1
+    found_inf.zero_()
+    teacher.update(student, found_inf=found_inf)
+    assert teacher.step == 2
+    assert not torch.equal(teacher.module[0].weight, before)
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_advances_the_step_the_schedule_and_the_random_bits(backend):
+    student = nn.Linear(300, 300).cuda()
+    options = {"dtype": torch.bfloat16, "rounding": "stochastic", "backend": backend}
+    teacher, twin = (EMANTeacher(student, schedules.WarmUp(0.99), capturable=c, **options) for c in (True, False))
+    for each in (teacher, twin):
+        each.update(student)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        teacher.update(student)
+    for step in range(2, 6):
+        with torch.no_grad():
+            student.weight.normal_()
+        graph.replay()
+        twin.update(student)
+        assert teacher.step == twin.step == step
+        assert_same_bits(teacher.module.weight, twin.module.weight, f"step {step}")
+
+
+@pytest.mark.cuda
+def test_what_a_captured_graph_would_repeat_is_refused(backend):
+    student = nn.Linear(30, 30).cuda()
+    for options in ({"momentum": schedules.WarmUp(0.9)}, {"rounding": "stochastic", "dtype": torch.bfloat16}):
+        teacher = EMANTeacher(student, backend=backend, **options)
+        teacher.update(student)
+        with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            teacher.update(student)
+    teacher = EMANTeacher(student, momentum=0.9, backend=backend)
+    found_inf = torch.zeros((), device="cuda")
+    teacher.update(student)
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        teacher.update(student, found_inf=found_inf)
 
 
 @pytest.mark.cuda

@@ -257,3 +257,29 @@ def test_inside_compiled_code():
         assert (teacher.weight == k).all()
         assert (keeper.module.weight == k).all()
     assert keeper.step == 3
+
+
+def test_options_that_are_none():
+    teacher, student = torch.zeros(3), torch.ones(3)
+    meta = torch.zeros((), device="meta", dtype=torch.int64)
+    for options, error, words in (
+        ({"rounding": "stochastic"}, ValueError, "needs step=, the number of this update"),
+        (
+            {"rounding": "stochastic", "step": torch.tensor(1.0)},
+            TypeError,
+            r"step .* 0-d and of int64, and is torch.float32",
+        ),
+        ({"nonfinite": "skip", "skipped": torch.zeros(2)}, TypeError, r"skipped .* torch.float32 of shape \(2,\)"),
+        (
+            {"nonfinite": "skip", "skipped": meta},
+            ValueError,
+            "counter of skipped elements is on meta and the teacher on",
+        ),
+        ({"found_inf": meta.float()}, ValueError, "the found_inf is on meta and the teacher on cpu; move it there"),
+        ({"rounding": "stochastic", "step": meta}, ValueError, "the step is on meta and the teacher on cpu"),
+    ):
+        with pytest.raises(error, match=words):
+            ema_update_([teacher], [student], 0.5, **options)
+        assert not teacher.any()
+    with pytest.raises(ValueError, match=r"the momentum is on meta .* or give the momentum as a number"):
+        ema_update_([teacher], [student], torch.zeros((), device="meta"))

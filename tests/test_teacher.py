@@ -9,7 +9,7 @@ import torch
 from conftest import assert_same_bits, lerp
 from torch import nn
 
-from eman_kernels import EMANTeacher, plan_for, schedules
+from eman_kernels import EMANTeacher, EMANTeachers, plan_for, schedules
 
 
 def net():
@@ -194,6 +194,298 @@ def test_to_another_dtype_after_the_plan_was_made(student):
     before = teacher.module[0].weight.clone()
     teacher.update(student)
     assert_same_bits(teacher.module[0].weight, lerp(before, student[0].weight.detach(), 0.5))
+
+
+# ---------------------------------------------------------------- a low-precision copy for the forward
+
+
+def test_cast_runs_a_copy_and_keeps_a_float32_master(student):
+    train_step(student)
+    teacher = EMANTeacher(student, momentum=0.9, cast=torch.bfloat16)
+    x = torch.randn(4, 3, 6, 6)
+    for _ in range(3):
+        train_step(student)
+        before = copy.deepcopy(teacher.module.state_dict())
+        teacher.update(student)
+        for name, tensor in teacher.module.state_dict().items():
+            want = student.state_dict()[name]
+            assert_same_bits(tensor, lerp(before[name], want, 0.9) if want.is_floating_point() else want, name)
+        # The forward is that of a network that was cast anew, but for its BatchNorm, which stays as it is.
+        fresh = copy.deepcopy(teacher.module)
+        for layer in (fresh[0], fresh[3]):
+            layer.to(torch.bfloat16)
+        out = teacher(x)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, fresh(x.to(torch.bfloat16)))
+    plan = plan_for(teacher.module, student)
+    assert not plan.ineligible
+    assert [work.general for work in plan.works] == [True]
+    assert {t.dtype for t in teacher.state_dict().values()} == {torch.float32, torch.int64}
+    assert list(teacher.state_dict()) == list(EMANTeacher(student).state_dict())
+    copied = teacher._copy.module
+    assert copied[1].running_mean is teacher.module[1].running_mean
+    assert copied[0].weight.dtype == torch.bfloat16
+
+
+def test_cast_takes_what_the_network_takes(student):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+        def forward(self, indices, *, scale):
+            return {"out": self.embedding(indices) * scale["by"]}
+
+    teacher = EMANTeacher(Net(), cast=torch.float16)
+    out = teacher(torch.tensor([1, 2]), scale={"by": torch.tensor(2.0)})["out"]
+    assert out.dtype == torch.float16
+    assert torch.equal(out, teacher.module.embedding.weight.half()[1:3] * 2)
+
+
+def change_in_place(teacher):
+    with torch.no_grad():
+        teacher.module[0].weight.add_(1)
+
+
+def load(teacher, assign=False):
+    state = {name: t + 1 if t.is_floating_point() else t for name, t in teacher.state_dict().items()}
+    teacher.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        load,
+        lambda teacher: load(teacher, assign=True),
+        lambda teacher: teacher.module.load_state_dict({n: t + 1 for n, t in teacher.module.state_dict().items()}),
+        lambda teacher: setattr(teacher.module[0].weight, "data", teacher.module[0].weight.data + 1),
+        lambda teacher: teacher.module[0].to(torch.float64).to(torch.float32),
+        lambda teacher: teacher.module.__setitem__(3, nn.Linear(128, 4)),
+    ],
+)
+def test_cast_notices_that_the_master_was_changed(student, change):
+    teacher = EMANTeacher(student, momentum=1.0, cast=torch.bfloat16)
+    teacher.update(student)
+    x = torch.randn(2, 3, 6, 6)
+    teacher(x)
+    change(teacher)
+    fresh = copy.deepcopy(teacher.module)
+    for layer in (fresh[0], fresh[3]):
+        layer.to(torch.bfloat16)
+    assert torch.equal(teacher(x), fresh(x.to(torch.bfloat16)))
+    train_step(student)
+    teacher.update(student, momentum=0.0)
+    assert torch.equal(teacher._copy.module[0].weight, student[0].weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])
+def test_cast_and_copies_of_the_teacher(student, clone):
+    teacher = EMANTeacher(student, momentum=0.5, cast=torch.bfloat16)
+    teacher.update(student)
+    twin = clone(teacher)
+    train_step(student)
+    twin.update(student)
+    x = torch.randn(2, 3, 6, 6)
+    assert not torch.equal(twin(x), teacher(x))
+    assert twin._copy.module[0].weight.data_ptr() != teacher._copy.module[0].weight.data_ptr()
+
+
+def test_bad_casts(student):
+    with pytest.raises(ValueError, match=r"cast must be torch\.bfloat16 or torch\.float16, and is torch\.float32"):
+        EMANTeacher(student, cast=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=r"cast=torch\.bfloat16 is no narrower than the teacher.*dtype="):
+            EMANTeacher(student, dtype=dtype, cast=torch.bfloat16)
+
+
+# ---------------------------------------------------------------- the step, GradScaler's tensor, what is skipped
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64])
+def test_found_inf_leaves_the_teacher_its_counters_and_its_step(student, capturable, dtype):
+    teacher = EMANTeacher(student, schedules.WarmUp(0.9), capturable=capturable)
+    train_step(student)
+    teacher.update(student, found_inf=torch.tensor(0, dtype=dtype))
+    assert teacher.step == 1
+    before = copy.deepcopy(teacher.state_dict())
+    train_step(student)
+    teacher.update(student, found_inf=torch.tensor([1], dtype=dtype))
+    assert teacher.step == 1
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    teacher.update(student, found_inf=torch.tensor(0, dtype=dtype))
+    assert teacher.step == 2
+    assert teacher.module[1].num_batches_tracked == student[1].num_batches_tracked
+
+
+def test_found_inf_of_gradscaler(student):
+    """Its own tensor, in the loop that README shows, and a real overflow."""
+    teacher = EMANTeacher(student, momentum=0.5)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(3):
+        loss = student(torch.randn(4, 3, 6, 6)).sum() * (float("inf") if step == 1 else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        (found_inf,) = scaler._found_inf_per_device(optimizer).values()
+        scaler.update()
+        teacher.update(student, found_inf=found_inf)
+    assert teacher.step == 2
+
+
+def test_a_step_on_the_device_is_the_same_as_one_on_the_host(student):
+    schedule = schedules.Cosine(0.9, 8)
+    options = {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 5}
+    teachers = [EMANTeacher(student, schedule, capturable=capturable, **options) for capturable in (False, True)]
+    for _ in range(4):
+        train_step(student)
+        for teacher in teachers:
+            teacher.update(student)
+    assert isinstance(teachers[1]._step, torch.Tensor)
+    assert [teacher.step for teacher in teachers] == [4, 4]
+    for one, other in zip(*(teacher.module.state_dict().values() for teacher in teachers), strict=True):
+        assert torch.equal(one, other)
+    resumed = EMANTeacher(student, schedule, capturable=True, **options)
+    resumed.update(student)
+    step = resumed._step
+    resumed.load_state_dict(teachers[0].state_dict())
+    assert resumed.step == 4
+    assert resumed._step is step  # in place: a captured graph reads it there
+    train_step(student)
+    for teacher in (*teachers, resumed):
+        teacher.update(student)
+    for one, *others in zip(*(t.module.state_dict().values() for t in (*teachers, resumed)), strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_nonfinite_elements_are_skipped_and_counted(student):
+    teacher = EMANTeacher(student, momentum=0.5, nonfinite="skip")
+    before = copy.deepcopy(teacher.module[0].weight)
+    with torch.no_grad():
+        student[0].weight[0] = torch.nan
+        student[0].weight[1, 0, 0, 0] = torch.inf
+    teacher.update(student)
+    teacher.update(student)
+    assert teacher.skipped == 2 * (27 + 1)
+    assert torch.equal(teacher.module[0].weight[0], before[0])
+    propagating = EMANTeacher(student, momentum=0.5)
+    propagating.update(student)
+    assert propagating.module[0].weight[0].isnan().all()
+    assert propagating.skipped is None
+
+
+# ---------------------------------------------------------------- several teachers, and swapping
+
+
+def test_several_teachers_are_what_each_would_be_alone(student):
+    momenta = [0.9, schedules.WarmUp(0.99), torch.tensor(0.5, dtype=torch.float64)]
+    teachers = EMANTeachers(student, momenta, nonfinite="skip", cast=torch.float16)
+    alone = [EMANTeacher(student, momentum) for momentum in momenta]
+    for _ in range(3):
+        train_step(student)
+        teachers.update(student)
+        for teacher in alone:
+            teacher.update(student)
+    assert [teacher.step for teacher in teachers] == [3, 3, 3]
+    for i, teacher in enumerate(alone):
+        for name, tensor in teacher.module.state_dict().items():
+            assert torch.equal(tensor, teachers[i].module.state_dict()[name]), (i, name)
+    (work,) = plan_for(teachers[0].module, student).works
+    assert (work.n_teachers, work.general, len(work.pairs)) == (3, True, 3 * 9)
+    x = torch.randn(2, 3, 6, 6)
+    for out, teacher in zip(teachers(x), alone, strict=True):
+        torch.testing.assert_close(out.float(), teacher(x), rtol=0.05, atol=0.05)
+    assert teachers.skipped == 0
+    assert len(teachers) == 3
+
+
+def test_several_teachers_resume(student):
+    teachers = EMANTeachers(student, [0.9, 0.5])
+    train_step(student)
+    teachers.update(student)
+    again = EMANTeachers(student, [0.9, 0.5])
+    again.load_state_dict(teachers.state_dict())
+    train_step(student)
+    again.update(student)
+    teachers.update()
+    for one, other in zip(teachers.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_of_several_is_replaced(student):
+    """The plan knows all of them, not the first alone."""
+    teachers = EMANTeachers(student, [0.0, 0.0])
+    teachers.update(student)
+    teachers.teachers[1] = EMANTeacher(student, 0.0)
+    train_step(student)
+    teachers.update(student)
+    assert torch.equal(teachers[1].module[0].weight, student[0].weight)
+
+
+def test_teachers_that_share_memory(student):
+    teachers = EMANTeachers(student, [0.9, 0.5])
+    teachers[1].module[0].weight = teachers[0].module[0].weight
+    with pytest.raises(ValueError, match=r"teacher 1's 0\.weight and teacher 0's 0\.weight share memory"):
+        teachers.update(student)
+    teachers = EMANTeachers(student, [0.9, 0.5])
+    memory = torch.zeros(10)
+    teachers[0].module[1].weight.data, teachers[1].module[1].weight.data = memory[:8], memory[2:]
+    with pytest.raises(ValueError, match=r"teacher 1's 1\.weight and teacher 0's 1\.weight share memory"):
+        teachers.update(student)
+    for momenta in ([], 9 * [0.9]):
+        with pytest.raises(ValueError, match="momenta must be 1 to 8"):
+            EMANTeachers(student, momenta)
+
+
+def test_swapped(student):
+    teacher = EMANTeacher(student, momentum=0.9)
+    train_step(student)
+    teacher.update(student)
+    student.eval()
+    x = torch.randn(2, 3, 6, 6)
+    theirs, own = teacher(x), student(x)
+    addresses = [t.data_ptr() for t in student.state_dict().values()]
+    with teacher.swapped(student):
+        assert torch.equal(student(x), theirs)
+        assert torch.equal(teacher(x), own)
+        with pytest.raises(RuntimeError, match="swapped with its student: update after the context"):
+            teacher.update(student)
+        with pytest.raises(RuntimeError, match="swapped already"), teacher.swapped():
+            pass
+    assert torch.equal(student(x), own)
+    assert torch.equal(teacher(x), theirs)
+    assert addresses == [t.data_ptr() for t in student.state_dict().values()]
+    with pytest.raises(ZeroDivisionError), teacher.swapped():
+        1 / 0  # noqa: B018
+    assert torch.equal(student(x), own)
+    teacher.update(student)
+
+
+def test_what_cannot_be_swapped(student):
+    teacher = EMANTeacher(student, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"0\.weight: the teacher is torch\.float64, the student torch\.float32"):
+        teacher.swapped(student).__enter__()
+    student.tied = student[0]
+    student.view = nn.Module()
+    teacher = EMANTeacher(student)
+    student.view.weight = student[0].weight
+    teacher.module.view.weight = nn.Parameter(teacher.module[0].weight.clone(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the student's view\.weight and the student's 0\.weight share memory"):
+        teacher.swapped(student).__enter__()
+
+
+def test_bad_modes(student):
+    with pytest.raises(ValueError, match="rounding='up' is none of 'nearest', 'stochastic'"):
+        EMANTeacher(student, rounding="up")
+    with pytest.raises(ValueError, match="nonfinite='drop' is none of 'propagate', 'skip'"):
+        EMANTeacher(student, nonfinite="drop")
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^32\), and is -1"):
+        EMANTeacher(student, seed=-1)
+    with pytest.raises(ValueError, match=r"found_inf must be one number, and is of shape \(2,\)"):
+        EMANTeacher(student).update(student, found_inf=torch.zeros(2))
 
 
 def test_bad_arguments(student):

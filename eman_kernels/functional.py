@@ -177,6 +177,12 @@ def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     return followed.plan if followed else None
 
 
+def _in_double(momentum: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(momentum, Tensor):
+        return momentum.double()
+    return torch.full((), momentum, dtype=torch.float64, device=device)  # a copy from the host would wait
+
+
 def update_networks(
     teachers: Sequence[nn.Module],
     student: nn.Module,
@@ -260,14 +266,8 @@ def call_of(
     Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
     """
     momenta = list(map(as_momentum, momenta))
-    on_device = next((momentum for momentum in momenta if isinstance(momentum, Tensor)), None)
-    if on_device is not None:
-        device = on_device.device
-        momenta = (
-            torch.stack([torch.as_tensor(m, dtype=torch.float64, device=device) for m in momenta])
-            if len(momenta) > 1
-            else on_device
-        )
+    if (on_device := next((momentum for momentum in momenta if isinstance(momentum, Tensor)), None)) is not None:
+        momenta = torch.stack([_in_double(m, on_device.device) for m in momenta]) if len(momenta) > 1 else on_device
     if found_inf is not None:
         if found_inf.numel() != 1:
             raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")

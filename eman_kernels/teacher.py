@@ -254,6 +254,7 @@ class EMANTeachers(nn.Module):
         return self.teachers[index].swapped(student)
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Each teacher's output."""
         return [teacher(*args, **kwargs) for teacher in self.teachers]
 
     def __getitem__(self, index: int) -> EMANTeacher:
@@ -282,7 +283,7 @@ def _update(
         [_momentum(teacher) if given is None else given for teacher, given in zip(teachers, momenta, strict=True)],
         found_inf,
         first.seed,
-        first._step,
+        first._step if first.rounding == "stochastic" else None,
         first.skipped,
     )
     copies = [teacher._low_precision() for teacher in teachers] if first.cast is not None else []
@@ -311,6 +312,8 @@ def _momentum(teacher: EMANTeacher) -> float | Tensor:
 
 def _counter(number: int | Tensor, device: torch.device) -> Tensor:
     """The number on this device; itself, if it lies there. Made there, because a copy from the host would wait."""
-    if isinstance(number, Tensor):
-        return number.to(device)
-    return torch.full((), number, dtype=torch.int64, device=device)
+    # Inference mode would make one that cannot be written once it has ended.
+    with torch.inference_mode(False):
+        if isinstance(number, Tensor):
+            return number.to(device)
+        return torch.full((), number, dtype=torch.int64, device=device)

@@ -1,6 +1,8 @@
 """Stochastic rounding itself: the generator, the distribution, and a teacher that follows for 10,000 steps."""
 
 import math
+import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -150,3 +152,12 @@ def test_values_of_every_magnitude_are_rounded_to_a_neighbour():
         nearest = student.to(dtype).double()
         distance = (nearest.abs() * torch.finfo(dtype).eps).clamp(min=torch.finfo(dtype).smallest_normal / 128)
         assert ((teacher.double() - student.double()).abs() <= distance).all()
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[bench]')")
+    command = [sys.executable, benchmark.__file__, "--steps", "40", "--out", tmp_path / "rounding.png"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rounding.png").read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"mean error [+-]\d\.\d{4} %", done.stdout)) == 2 * len(benchmark.MOMENTA)

@@ -177,10 +177,11 @@ def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     return followed.plan if followed else None
 
 
-def _in_double(momentum: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(momentum, Tensor):
-        return momentum.double()
-    return torch.full((), momentum, dtype=torch.float64, device=device)  # a copy from the host would wait
+def _stacked(momenta: list[float | Tensor]) -> Tensor:
+    """In one tensor where those lie that are tensors. A copy from the host would wait."""
+    device = next(momentum.device for momentum in momenta if isinstance(momentum, Tensor))
+    like = {"dtype": torch.float64, "device": device}
+    return torch.stack([m.double() if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
 
 
 def update_networks(
@@ -266,8 +267,8 @@ def call_of(
     Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
     """
     momenta = list(map(as_momentum, momenta))
-    if (on_device := next((momentum for momentum in momenta if isinstance(momentum, Tensor)), None)) is not None:
-        momenta = torch.stack([_in_double(m, on_device.device) for m in momenta]) if len(momenta) > 1 else on_device
+    if any(isinstance(momentum, Tensor) for momentum in momenta):
+        momenta = momenta[0] if len(momenta) == 1 else _stacked(momenta)
     if found_inf is not None:
         if found_inf.numel() != 1:
             raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
@@ -314,7 +315,10 @@ def _warn_of_a_stall(plan: Plan, momentum: float) -> None:
         plan.stalls_below = 0.0  # once
         # Whose line it is stands above ours and those of torch's decorators.
         level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] in (__package__, "torch"):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+            __package__,
+            "torch",
+        ):
             level, frame = level + 1, frame.f_back
         warnings.warn(
             f"at momentum {momentum} a half-precision teacher rounded to nearest stands still: elements within a tenth "

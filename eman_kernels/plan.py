@@ -102,7 +102,7 @@ class Work:
         sizes = teacher.element_size(), student.element_size(), extra_bytes
         return teacher.data_ptr(), student.data_ptr(), extra, teacher.numel(), code, *sizes
 
-    @property
+    @cached_property
     def n_pieces(self) -> int:
         return len(self.table) // self.n_teachers
 
@@ -200,17 +200,25 @@ class Plan:
 
     def run(self, call: Call) -> None:
         """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""
-        if call.found_inf is not None and call.found_inf.device.type == "cpu":
+        if isinstance(call.found_inf, Tensor) and call.found_inf.device.type == "cpu":
             if call.found_inf:
                 return
             call.found_inf = None
-        for name in ("momenta", "found_inf", "step", "skipped"):
-            tensor = getattr(call, name)
-            for work in self.works if isinstance(tensor, Tensor) else ():
-                if tensor.device != work.device:
-                    raise ValueError(_on_another_device(name, tensor.device, work.device))
+        given = {"momentum": call.momenta, "found_inf": call.found_inf, "step": call.step, "counter": call.skipped}
+        for name, tensor in given.items():
+            if isinstance(tensor, Tensor):
+                self._check_device(name, tensor.device)
         for work in self.works:
             work.backend.run(work, call)
+
+    def _check_device(self, name: str, device: torch.device) -> None:
+        for work in self.works:
+            if work.device != device:
+                remedy = ", or give the momentum as a number" if name == "momentum" else ""
+                raise ValueError(
+                    f"the {name} is on {device} and the teacher on {work.device}; move it there{remedy}. Nothing was "
+                    "written."
+                )
 
     def swap(self) -> None:
         """Exchange the pairs' values, in place."""
@@ -240,12 +248,6 @@ def pair_code(pair: Pair) -> int | None:
     if pair.teacher.dtype != pair.student.dtype or pair.teacher.is_complex():
         return None
     return COPY_CODES.get(pair.teacher.element_size())
-
-
-def _on_another_device(name: str, device: torch.device, teachers: torch.device) -> str:
-    what = {"momenta": "momentum", "skipped": "counter of skipped elements"}.get(name, name)
-    remedy = ", or give the momentum as a number" if name == "momenta" else ""
-    return f"the {what} is on {device} and the teacher on {teachers}; move it there{remedy}. Nothing was written."
 
 
 def _ineligible(bundle: list[Pair], n_teachers: int, skip_nonfinite: bool) -> str | None:

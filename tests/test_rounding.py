@@ -105,7 +105,8 @@ def test_a_teacher_rounded_at_random_follows_without_bias(momentum, dtype):
     print(f"{dtype}, {momentum}: mean error {mean:.2e}, standard error {standard_error:.2e}")
     assert abs(mean) < 3 * standard_error
     assert standard_error < 1e-3
-    with warnings.catch_warnings(record=True, action="always") as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         mean, standard_error = error(momentum, "nearest", dtype)
     # float16 at 0.99 is near enough to move, and is not warned of.
     assert (abs(mean) > 20 * standard_error) == bool(warned) == ((dtype, momentum) != (torch.float16, 0.99))
@@ -132,7 +133,8 @@ def test_a_teacher_that_stands_still_is_warned_of_once():
         teacher.update(student)
     assert len(seen) == 1
     assert seen[0].filename == __file__
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         teacher.update()
         EMANTeacher(student, momentum=0.9).update(student)
         EMANTeacher(student, momentum=0.999, rounding="stochastic").update(student)

@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench lint clean
+.PHONY: test bench report lint clean
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench_update.py $(BENCH_ARGS)
+
+report: .venv/.installed
+	$(BIN)/python benchmarks/report.py $(REPORT_ARGS)
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

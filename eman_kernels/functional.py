@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from numbers import Real
 from operator import is_
@@ -96,7 +97,7 @@ def eman_update_(
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
-    check_modes(rounding, seed, step, nonfinite)
+    check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
     update_networks([teacher], student, call, (rules, buffers, backends.requested(backend), rounding, nonfinite))
 
@@ -125,7 +126,7 @@ def ema_update_(
         student_tensors: as many tensors of the same shapes.
         momentum and all others: as in ``eman_update_``; so are the errors.
     """
-    check_modes(rounding, seed, step, nonfinite)
+    check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
     options = (backends.requested(backend), rounding, nonfinite)
     if not teacher_tensors and not student_tensors:
@@ -244,14 +245,15 @@ def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | No
     plan.swap()
 
 
-def check_modes(rounding: str, seed: int, step: int | Tensor | None, nonfinite: str) -> None:
+@cache
+def check_modes(rounding: str, seed: int, has_step: bool, nonfinite: str) -> None:
     """Raises ValueError for a rounding or a nonfinite mode that is none, or one that lacks its seed or step."""
     for name, value, known in (("rounding", rounding, Rounding), ("nonfinite", nonfinite, Nonfinite)):
         if value not in get_args(known):
             raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, get_args(known)))}")
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed must be in [0, 2^32), and is {seed}")
-    if rounding == "stochastic" and step is None:
+    if rounding == "stochastic" and not has_step:
         raise ValueError("rounding='stochastic' needs step=, the number of this update: each must draw its own bits")
 
 
@@ -267,17 +269,25 @@ def call_of(
     Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
     """
     momenta = list(map(as_momentum, momenta))
-    if any(isinstance(momentum, Tensor) for momentum in momenta):
+    if not {float}.issuperset(map(type, momenta)):
         momenta = momenta[0] if len(momenta) == 1 else _stacked(momenta)
     if found_inf is not None:
         if found_inf.numel() != 1:
             raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
         found_inf = found_inf.detach().reshape(()).to(torch.float32)
-    for name, tensor in (("step", step), ("skipped", skipped)):
-        if isinstance(tensor, Tensor) and (tensor.dim() or tensor.dtype != torch.int64):
-            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise TypeError(f"{name} in a tensor must be 0-d and of int64, and is {what}")
-    return Call(momenta, found_inf, seed, 0 if step is None else step, skipped)
+    if step is None:
+        step = 0
+    elif isinstance(step, Tensor):
+        _check_counter("step", step)
+    if skipped is not None:
+        _check_counter("skipped", skipped)
+    return Call(momenta, found_inf, seed, step, skipped)
+
+
+def _check_counter(name: str, counter: Tensor) -> None:
+    if counter.dim() or counter.dtype != torch.int64:
+        what = f"{counter.dtype} of shape {tuple(counter.shape)}"
+        raise TypeError(f"{name} in a tensor must be 0-d and of int64, and is {what}")
 
 
 def as_momentum(momentum: float | Tensor) -> float | Tensor:

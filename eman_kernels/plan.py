@@ -47,6 +47,11 @@ class Call:
     step: int | Tensor = 0  # likewise; a tensor is of int64
     skipped: Tensor | None = None  # int64: the number of skipped student elements is added to it
 
+    def is_by_value(self) -> bool:
+        """Whether no tensor is in it."""
+        numbers = type(self.momenta) is list and not isinstance(self.step, Tensor)
+        return numbers and self.found_inf is None and self.skipped is None
+
 
 @dataclass
 class Work:
@@ -148,6 +153,7 @@ class Plan:
         self._lines = _lines(list(compress(tensors, self._with_address)), also_read)
         self._dicts = [thing for thing in also_read if type(thing) is dict]
         self._dict_lines = _on_host(map(id, self._dicts))
+        self._to_prefetch = [n for t in (self._lines, self._dict_lines) for n in (t.data_ptr(), len(t))]
         self.names = [pair.name for pair in pairs]
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         # Inference mode would make aliases that cannot be written once it has ended.
@@ -194,20 +200,20 @@ class Plan:
     def moved(self, tensors: list[Tensor]) -> bool:
         """Whether one lies elsewhere than when the plan was made. tensors: teacher, student, teacher, student ..."""
         if extension.C is not None:
-            lines, dicts = self._lines, self._dict_lines
-            extension.C.prefetch(lines.data_ptr(), len(lines), dicts.data_ptr(), len(dicts))
+            extension.C.prefetch(*self._to_prefetch)
         return self._addresses_of(tensors) != self._addresses
 
     def run(self, call: Call) -> None:
         """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""
-        if isinstance(call.found_inf, Tensor) and call.found_inf.device.type == "cpu":
-            if call.found_inf:
-                return
-            call.found_inf = None
-        given = {"momentum": call.momenta, "found_inf": call.found_inf, "step": call.step, "counter": call.skipped}
-        for name, tensor in given.items():
-            if isinstance(tensor, Tensor):
-                self._check_device(name, tensor.device)
+        if not call.is_by_value():
+            if call.found_inf is not None and call.found_inf.device.type == "cpu":
+                if call.found_inf:
+                    return
+                call.found_inf = None
+            given = {"momentum": call.momenta, "found_inf": call.found_inf, "step": call.step, "counter": call.skipped}
+            for name, tensor in given.items():
+                if isinstance(tensor, Tensor):
+                    self._check_device(name, tensor.device)
         for work in self.works:
             work.backend.run(work, call)
 

@@ -1,8 +1,8 @@
 """EMANTeacher and EMANTeachers: the teacher, or several, as a module."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 from weakref import ref
@@ -75,13 +75,13 @@ class EMANTeacher(nn.Module):
     ) -> None:
         super().__init__()
         check_rules(rules or {}, buffers)
-        check_modes(rounding, seed, 0, nonfinite)
+        check_modes(rounding, seed, True, nonfinite)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, and is {dtype}")
         if not callable(momentum):
             as_momentum(momentum)
         requested(backend)
-        self.module = copy.deepcopy(unwrap(student)).requires_grad_(False)
+        self.module = deepcopy(unwrap(student)).requires_grad_(False)
         if dtype is not None:
             self.module.to(dtype)
         check_cast(self.module, cast)
@@ -118,7 +118,7 @@ class EMANTeacher(nn.Module):
             found_inf: GradScaler's tensor, or any of one element: where it is not 0, the teacher and its step stay as
                 they are. On a GPU nothing waits for it; the step then lies on the device as well.
         """
-        _update([self], student, [momentum], found_inf)
+        _update((self,), student, momentum, found_inf)
 
     @property
     def step(self) -> int:
@@ -242,7 +242,7 @@ class EMANTeachers(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
         """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
-        _update(list(self.teachers), student, [None] * len(self.teachers), found_inf)
+        _update(list(self.teachers), student, None, found_inf)
 
     @property
     def skipped(self) -> Tensor | None:
@@ -268,30 +268,28 @@ class EMANTeachers(nn.Module):
 
 
 def _update(
-    teachers: list[EMANTeacher],
+    teachers: Sequence[EMANTeacher],
     student: nn.Module | None,
-    momenta: list[float | Tensor | None],
+    momentum: float | Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
     first = teachers[0]
     student = first._followed(student)
-    if any(teacher._swapped for teacher in teachers):
-        raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
+    networks, momenta, copies = [], [], []
     for teacher in teachers:
+        if teacher._swapped:
+            raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
         teacher._prepare(found_inf)
-    call = call_of(
-        [_momentum(teacher) if given is None else given for teacher, given in zip(teachers, momenta, strict=True)],
-        found_inf,
-        first.seed,
-        first._step if first.rounding == "stochastic" else None,
-        first.skipped,
-    )
-    copies = [teacher._low_precision() for teacher in teachers] if first.cast is not None else []
+        networks.append(teacher.module)
+        momenta.append(_momentum(teacher) if momentum is None else momentum)
+        if teacher.cast is not None:
+            copies.append(teacher._low_precision())
+    step = first._step if first.rounding == "stochastic" else None
+    call = call_of(momenta, found_inf, first.seed, step, first.skipped)
     options = (first.rules, first.buffer_rule, requested(first.backend), first.rounding, first.nonfinite)
-    networks = [teacher.module for teacher in teachers]
-    update_networks(networks, student, call, options, [low.module for low in copies])
-    for low in copies:
-        low.seen()
+    update_networks(networks, student, call, options, [copy.module for copy in copies] if copies else copies)
+    for copy in copies:
+        copy.seen()
     for teacher in teachers:
         if teacher._student is None or teacher._student() is not student:
             teacher._student = ref(student)

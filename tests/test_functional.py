@@ -273,7 +273,7 @@ def test_options_that_are_none():
         (
             {"nonfinite": "skip", "skipped": meta},
             ValueError,
-            "counter of skipped elements is on meta and the teacher on",
+            "the counter is on meta and the teacher on cpu",
         ),
         ({"found_inf": meta.float()}, ValueError, "the found_inf is on meta and the teacher on cpu; move it there"),
         ({"rounding": "stochastic", "step": meta}, ValueError, "the step is on meta and the teacher on cpu"),

@@ -270,6 +270,13 @@ def test_teachers_that_differ_are_left_to_the_reference():
     made.run(Call([0.75, 0.5]))
     assert (teachers[0] == 0.25).all()
     assert (teachers[1] == 0.5).all()
+    # The second ties two tensors that the first does not: three teacher tensors of two.
+    one, two, tied = (torch.zeros(100) for _ in range(3))
+    pairs = [Pair("a", one, student, "ema"), Pair("b", two, student, "ema")]
+    made = Plan([*pairs, Pair("a", tied, student, "ema", 1), Pair("b", tied, student, "ema", 1)])
+    assert list(made.ineligible) == ["b"]
+    made.run(Call([0.75, 0.5]))
+    assert (one[0], two[0], tied[0]) == (0.25, 0.25, 0.5)
 
 
 def test_a_table_of_several_teachers_keeps_a_piece_of_the_student_together():

@@ -62,6 +62,20 @@ def test_every_element_lies_in_exactly_one_chunk(cases):
     assert {code: sorted(rows) for code, rows in covered.items()} == {c: sorted(rows) for c, rows in expected.items()}
 
 
+def test_what_decides_on_16_byte_accesses():
+    """A copy's address does, like the tensors'; the number of an element is no address."""
+    teacher, student, low = torch.zeros(64), torch.ones(64), torch.zeros(72, dtype=torch.bfloat16)
+    half = torch.zeros(64, dtype=torch.bfloat16)
+    for pair, wide in (
+        (Pair("", teacher, student, "ema", cast=low[:64]), True),
+        (Pair("", teacher, student, "ema", cast=low[1:65]), False),
+        (Pair("", teacher, student, "ema", cast=low[8:]), True),
+        (Pair("", half, student, "ema", first=8), True),
+    ):
+        ((*_, flags),) = records(Work(torch.device("cpu"), reference, [pair]).table)
+        assert (flags & VECTOR16 == VECTOR16) == wide
+
+
 def test_codes_and_layout_are_those_of_chunk_h():
     if extension.missing:
         pytest.skip(extension.missing)

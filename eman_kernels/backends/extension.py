@@ -20,7 +20,8 @@ except ImportError as error:
 
 def call_of(work, call):
     """The call as the kernels take it: addresses of what lies on the device."""
-    table, momenta, options = work.table.data_ptr(), call.momenta, {}
+    table, momenta = work.table.data_ptr(), call.momenta
+    options = {}
     if isinstance(momenta, Tensor):
         options = {"momenta_address": momenta.data_ptr(), "momenta_are_double": momenta.dtype == float64}
         momenta = work.n_teachers * [0.0]

@@ -1,0 +1,66 @@
+"""Two result files side by side. Exit status 1 if ours got slower past the tolerance, or does more work.
+
+Judged is the multiple of the limit, which is measured in the same rounds: a slower machine slows both. The ratio of
+the times stands beside it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from methods import OURS
+from tables import markdown
+
+KEY = ("kind", "model", "dtype", "threads", "size", "method")
+COUNTED = ("operations", "syncs", "gigabytes", "table_bytes")
+
+
+def by_key(file: Path) -> dict[tuple, dict]:
+    return {tuple(row.get(name) for name in KEY): row for row in json.loads(file.read_text())}
+
+
+def compare(old: dict[tuple, dict], new: dict[tuple, dict], tolerance: float) -> tuple[list[list[str]], list[str]]:
+    """The lines of the table, and what got worse in ours."""
+    lines, worse = [], []
+    for key, before in old.items():
+        mine = str(key[-1]).startswith(OURS)
+        after = new.get(key)
+        if after is None or not before.get("x_limit"):
+            continue
+        name = ", ".join(str(part) for part in key if part is not None)
+        if not after.get("x_limit"):
+            if mine:
+                worse.append(f"{name}: no figure any more: {after.get('why_not')}")
+            continue
+        times, ratio = after["median_ms"] / before["median_ms"], after["x_limit"] / before["x_limit"]
+        cells = [f"{row['median_ms']:.3f} ({row['q1_ms']:.3f} ... {row['q3_ms']:.3f})" for row in (before, after)]
+        lines.append([name, *cells, f"{times:.2f}", f"{ratio:.2f}"])
+        if mine and ratio > tolerance:
+            worse.append(f"{name}: {before['x_limit']:.2f} x limit, now {after['x_limit']:.2f}")
+        for count in COUNTED:
+            if mine and count in before and after.get(count, 0) > before[count] * (1 + 1e-9):
+                worse.append(f"{name}: {count} {before[count]:g}, now {after[count]:g}")
+    return lines, worse
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--tolerance", type=float, default=1.10, help="ratio of the x limit (default: %(default)s)")
+    arguments = parser.parse_args()
+    old, new = by_key(arguments.old), by_key(arguments.new)
+    lines, worse = compare(old, new, arguments.tolerance)
+    if not lines:
+        parser.error("the two files have no measurement in common")
+    for name, rows in (("old", old), ("new", new)):
+        row = next(iter(rows.values()))
+        print(f"{name}: {row['device']}, torch {row['torch']}, {row['date']}, commit {row.get('commit')}")
+    print(f"\n{markdown(lines, ['', 'old ms (quartiles)', 'new', 'ratio', 'ratio of the x limit'])}")
+    print("\n".join(["worse:", *worse] if worse else [f"ours is nowhere worse by more than {arguments.tolerance}"]))
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

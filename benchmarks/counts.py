@@ -1,0 +1,161 @@
+"""What no machine's noise can touch: operations, bytes and host syncs of a call, and instructions of the host.
+
+Instructions are counted by valgrind's callgrind, in a process of their own: `python counts.py` is that process.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eman_kernels.plan import COPY_CODES, PAIR_CODES, Plan
+
+BYTES_OF_CODE = {code: 2 * t.itemsize + s.itemsize for (_, t, s), code in PAIR_CODES.items()}
+BYTES_OF_CODE |= {code: 2 * size for size, code in COPY_CODES.items()}
+SIZES = (100, 300)  # tensors
+
+
+@dataclass
+class Counts:
+    operations: int  # each at least one launch on a GPU
+    gigabytes: float  # read and written
+    syncs: int  # times that the host would wait for a GPU
+
+
+class Counting(TorchDispatchMode):
+    """Counts what torch dispatches: views and allocations are nothing, a written tensor is an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.bytes = 0
+        self.syncs = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero"):
+            self.syncs += 1
+            return result
+        schema = function._schema
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | (kwargs or {})
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        made = any(r.alias_info is None for r in schema.returns) and not name.startswith(("empty", "new_empty"))
+        if (not written and not made) or name == "record_stream":
+            return result
+        self.names.append(name)
+        for argument, value in given.items():
+            only_written = argument in written and name.rstrip("_").endswith(("copy", "zero", "fill"))
+            size = sum(tensor.nbytes for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
+            self.bytes += size * ((not only_written) + (argument in written))
+        if made:
+            self.bytes += sum(tensor.nbytes for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
+        return result
+
+
+def bytes_of(table: Tensor) -> int:
+    """What a run of this table of chunks reads and writes, by csrc/chunk.h."""
+    packed = table[:, 3].cpu()
+    numel, code = packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF
+    return sum(n * BYTES_OF_CODE[c] for n, c in zip(numel.tolist(), code.tolist(), strict=True))
+
+
+def counts(update, plan: Plan | None) -> Counts:
+    """Of one call that is not the first. A kernel of ours is one operation, and its table says its bytes."""
+    with Counting() as counted:
+        update()
+    tables = [work.table for work in plan.works if work.backend.TAKES_TABLE] if plan else []
+    size = counted.bytes + sum(map(bytes_of, tables))
+    return Counts(len(counted.names) + len(tables), size / 1e9, counted.syncs)
+
+
+def launches(update) -> int:
+    """Kernels and copies that a call puts on the GPU, by torch's profiler."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiled:
+        update()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
+
+
+# ---------------------------------------------------------------- instructions of the host
+
+
+def no_callgrind() -> str | None:
+    """Why instructions cannot be counted here."""
+    if not shutil.which("valgrind") or not shutil.which("vgdb"):
+        return "valgrind is not installed"
+    return None if torch._C._valgrind_supported_platform() else "torch was built without its valgrind bindings"
+
+
+def host_instructions(timeout: float = 600) -> dict[str, list[int]]:
+    """Method -> instructions of one call on one thread, for each of SIZES tensors of one element."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, go, log = Path(folder, "out"), Path(folder, "go"), Path(folder, "log")
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no"]
+        command += [f"--callgrind-out-file={out}", sys.executable, __file__, str(go)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        with log.open("w") as stream:
+            child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        try:
+            # Instrumented from its start, the child would take minutes to import torch.
+            wait_for(lambda: "ready" in log.read_text(), child, log, timeout)
+            subprocess.run(["vgdb", f"--pid={child.pid}", "instrumentation", "on"], check=True, capture_output=True)
+            go.touch()
+            child.wait(timeout)
+        finally:
+            child.kill()
+            child.wait()
+        names = next(line for line in log.read_text().splitlines() if line.startswith("ready")).split("\t")[1:]
+        totals = []
+        for k in range(len(names) * len(SIZES)):
+            lines = Path(f"{out}.{k + 1}").read_text().splitlines()
+            totals.append(int(next(line for line in lines if line.startswith("totals:")).split()[1]))
+    return {name: totals[k * len(SIZES) : (k + 1) * len(SIZES)] for k, name in enumerate(names)}
+
+
+def wait_for(condition, child: subprocess.Popen, log: Path, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        if child.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"callgrind did not start: {log.read_text()[-500:]}")
+        time.sleep(0.1)
+
+
+@torch.no_grad()
+def be_counted(go: Path) -> None:
+    """The process under callgrind: everything warm, then each method once for each size, a total after each."""
+    import methods
+
+    made = {methods.LOOP: methods.published_loop, "foreach, lists kept": methods.foreach}
+    ours = {n: how for n, how in methods.by_us(torch.device("cpu")).items() if isinstance(how, methods.Method)}
+    name = next(iter(ours))
+    made[name] = ours[name].make
+    updates = []
+    for make in made.values():
+        for size in SIZES:
+            teacher, student = (nn.ParameterList(torch.zeros(1) for _ in range(size)) for _ in range(2))
+            updates.append(make(teacher, student, 0.9).update)
+    for update in updates * 3:
+        update()
+    print("ready", *made, sep="\t", flush=True)
+    while not go.exists():
+        time.sleep(0.05)
+    for update in updates:
+        update()
+        torch._C._valgrind_toggle()
+        update()
+        torch._C._valgrind_toggle_and_dump_stats()
+
+
+if __name__ == "__main__":
+    be_counted(Path(sys.argv[1]))

@@ -1,0 +1,144 @@
+"""Public libraries as they are shipped, each used as its documentation recommends, by its fastest documented option.
+
+A library that is not installed gets no figure, and the table says what to install.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from methods import Following, Method, split
+from models import tensors_of
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+def timm_v2(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from timm.utils import ModelEmaV2
+
+    ema = ModelEmaV2(teacher, decay=momentum)
+    return Following(lambda: ema.update(student), tensors_of(ema.module))
+
+
+def timm_v3(teacher: nn.Module, student: nn.Module, momentum: float, **options: bool) -> Following:
+    from timm.utils import ModelEmaV3
+
+    ema = ModelEmaV3(teacher, decay=momentum, **options)
+    return Following(lambda: ema.update(student), tensors_of(ema.module))
+
+
+def timm_v3_to_nearest(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    return timm_v3(teacher, student, momentum, stochastic_rounding=False)
+
+
+def torch_averaged_model(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    averaged = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(momentum), use_buffers=True)
+    averaged.update_parameters(teacher)  # the first call copies
+    return Following(lambda: averaged.update_parameters(student), tensors_of(averaged.module))
+
+
+def lightning(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    def wrapped(network: nn.Module) -> LightningModule:
+        module = LightningModule()
+        module.network = network
+        return module
+
+    callback = EMAWeightAveraging(decay=momentum)
+    trainer = SimpleNamespace(global_step=0)  # all that the hook asks its trainer for
+    callback.setup(trainer, wrapped(teacher), "fit")
+
+    def after_a_batch(module: LightningModule) -> None:
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, module, None, None, trainer.global_step)
+
+    after_a_batch(wrapped(teacher))  # the first call copies
+    followed = wrapped(student)
+    return Following(lambda: after_a_batch(followed), tensors_of(callback._average_model.module.network))
+
+
+def ema_pytorch(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from ema_pytorch import EMA
+
+    # min_value = beta: no warm-up. coerce_dtype only where it is needed, because it looks at each tensor.
+    mixed = next(teacher.parameters()).dtype != next(student.parameters()).dtype
+    schedule = {"beta": momentum, "min_value": momentum, "update_after_step": 0, "update_every": 1}
+    ema = EMA(student, teacher, **schedule, include_online_model=False, use_foreach=True, coerce_dtype=mixed)
+    before = {name: tensor.clone() for name, tensor in tensors_of(teacher).items()}
+    ema.update()  # the first call copies
+    for name, tensor in tensors_of(teacher).items():
+        tensor.copy_(before[name])
+    return Following(ema.update, tensors_of(teacher))
+
+
+def torch_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from torch_ema import ExponentialMovingAverage
+
+    ema = ExponentialMovingAverage(teacher.parameters(), decay=momentum, use_num_updates=False)
+    shadows = dict(zip(once_each(teacher), ema.shadow_params, strict=True))
+    return Following(lambda: ema.update(student.parameters()), with_ties(teacher, shadows))
+
+
+def diffusers(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from diffusers.training_utils import EMAModel
+
+    ema = EMAModel(teacher.parameters(), decay=momentum, min_decay=momentum, foreach=True)
+    ema.step(copy.deepcopy(teacher).requires_grad_(True).parameters())  # the first call copies
+    shadows = dict(zip(once_each(teacher), ema.shadow_params, strict=True))
+    return Following(lambda: ema.step(student.parameters()), with_ties(teacher, shadows))
+
+
+def lightly(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from lightly.models.utils import update_momentum
+
+    return Following(lambda: update_momentum(student, teacher, momentum), tensors_of(teacher))
+
+
+def apex(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    try:
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+    except ImportError as error:
+        raise ImportError(f"{error}: NVIDIA's apex is built from its source; the apex on PyPI is not it") from None
+    averaged, followed, copied, source = split(teacher, student)
+    overflow = torch.zeros(1, dtype=torch.int, device=averaged[0].device)
+
+    def update() -> None:
+        lists = [averaged, followed, averaged]
+        multi_tensor_applier(amp_C.multi_tensor_axpby, overflow, lists, momentum, 1.0 - momentum, -1)
+        if copied:
+            torch._foreach_copy_(copied, source)
+
+    return Following(update, tensors_of(teacher), dispatched=False)
+
+
+def once_each(teacher: nn.Module) -> list[str]:
+    """The names of parameters(), which gives a tied one once."""
+    return [name for name, _ in teacher.named_parameters()]
+
+
+def with_ties(teacher: nn.Module, shadows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A shadow under every name that its parameter has."""
+    shadow_of = {id(parameter): shadows[name] for name, parameter in teacher.named_parameters()}
+    return {name: shadow_of[id(p)] for name, p in teacher.named_parameters(remove_duplicate=False)}
+
+
+def peers(dtype: str) -> dict[str, Method]:
+    """Name -> method. What a library's documentation does not promise, it does not claim here either."""
+    parameters, floats = ("parameters",), ("parameters", "float buffers")
+    found = {
+        "timm ModelEmaV2": Method(timm_v2, floats),
+        "timm ModelEmaV3": Method(timm_v3),
+        "torch AveragedModel": Method(torch_averaged_model, floats),
+        "lightning EMAWeightAveraging": Method(lightning, floats),
+        "ema-pytorch EMA": Method(ema_pytorch, floats),
+        "torch-ema": Method(torch_ema, parameters),
+        "diffusers EMAModel": Method(diffusers, parameters),
+        "lightly update_momentum": Method(lightly, parameters),
+        "apex multi_tensor_axpby": Method(apex),
+    }
+    if dtype == "bfloat16":  # elsewhere the two are one
+        found["timm ModelEmaV3, to nearest"] = Method(timm_v3_to_nearest)
+    return found

@@ -1,0 +1,174 @@
+"""Rows as pictures: bars by method and model, growth curves, and the share of a step. Axes begin at 0 or are
+logarithmic, and say so."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatter
+from methods import COPY, LIMIT, LOOP, OURS
+from tables import by_size, groups, keepers, main_of_ours, of_kind, on_threads
+
+matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+# Wong's palette: told apart by every kind of colour vision.
+BLUE, ORANGE, GREY, BLACK, GREEN, PINK = "#0072B2", "#E69F00", "#BBBBBB", "#000000", "#009E73", "#CC79A7"
+CURVES = {
+    LOOP: (ORANGE, "s", "-"),
+    "timm ModelEmaV3": (GREEN, "^", "-"),
+    "foreach, lists kept": (PINK, "D", "-"),
+    LIMIT: (BLACK, "", "--"),
+}
+CUT = 12  # times the limit: a longer bar is cut there, and its label says its length
+
+
+def place(rows: list[dict]) -> str:
+    """The conditions, for a picture's foot."""
+    row = rows[0]
+    device = row["cpu"] + " (CPU)" if row["device"] == "cpu" else row["device"]
+    driver = f", driver {row['driver']}" if "driver" in row else ""
+    return f"{device}{driver}, torch {row['torch']}, {row['date']}, commit {row.get('commit', 'unknown')}"
+
+
+def bars(rows: list[dict], dtype: str, threads: int) -> Figure:
+    found = {key[0]: at for key, at in groups(rows).items() if key[1:] == (dtype, threads)}
+    kept = keepers(rows)
+    shown = {
+        model: [row for row in at if row.get("median_ms") and row["method"] not in (LIMIT, COPY)]
+        for model, at in found.items()
+    }
+    # Two columns, and the place after the last for the legend.
+    lines, most = len(shown) // 2 + 1, max(map(len, shown.values()))
+    figure = Figure(figsize=(13, lines * (0.2 * most + 0.7) + 0.4), layout="constrained")
+    *panels, last = figure.subplots(lines, 2).flat[: len(shown) + 1]
+    for axes in figure.axes[len(shown) :]:
+        axes.axis("off")
+    for axes, (model, at) in zip(panels, shown.items(), strict=True):
+        at = sorted(at, key=lambda row: -row["x_limit"])
+        for y, row in enumerate(at):
+            colour = BLUE if row["method"].startswith(OURS) else ORANGE if row["method"] in kept else GREY
+            q1, length, q3 = (min(row[name], CUT) for name in ("x_limit_q1", "x_limit", "x_limit_q3"))
+            axes.barh(y, length, color=colour, height=0.75)
+            axes.hlines(y, q1, q3, color=BLACK, linewidth=1.2)
+            cut = " (bar cut)" if row["x_limit"] > CUT else ""
+            label = f"{row['x_limit']:.2f}, {row['median_ms']:.2f} ms{cut}"
+            axes.text(max(length, q3) + 0.1, y, label, va="center", fontsize=7.5)
+        axes.set_yticks(range(len(at)), [row["method"] for row in at], fontsize=8)
+        axes.axvline(1, color=BLACK, linestyle="--", linewidth=1)
+        axes.set_title(f"{model}: {at[0]['elements'] / 1e6:.1f} M elements, {at[0]['tensors']} tensors", fontsize=9)
+        axes.set_xlim(0, CUT + 2.5)
+        axes.margins(y=0.02)
+        axes.set_xlabel("multiples of the limit", fontsize=8)
+    colours = {BLUE: "eman_kernels", ORANGE: "keeps the EMAN rule", GREY: "does less: counters or buffers not followed"}
+    handles = [Patch(color=colour, label=label) for colour, label in colours.items()]
+    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="the limit: one flat lerp of as many elements"))
+    handles.append(Line2D([], [], color=BLACK, linewidth=1.2, label="from quartile to quartile"))
+    last.legend(handles=handles, loc="center", frameon=False, fontsize=10)
+    on = f", {on_threads(threads)}" if rows[0]["device"] == "cpu" else ""
+    figure.suptitle(
+        f"One update, {dtype}{on}, cold cache: medians, in multiples of the limit and in ms. {place(rows)}", fontsize=9
+    )
+    return figure
+
+
+def logarithmic(axes: Axes) -> None:
+    """The y axis, with plain numbers, between the powers of ten too where these are few."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+
+
+def curve(axes: Axes, rows: list[dict], kind: str) -> None:
+    ours = main_of_ours(of_kind(rows, kind))
+    for method, (colour, marker, line) in (CURVES | {ours: (BLUE, "o", "-")}).items():
+        points = [(size, at[method]) for size, at in by_size(rows, kind).items() if at.get(method, {}).get("median_ms")]
+        sizes = [size for size, _ in points]
+        axes.plot(sizes, [row["median_ms"] for _, row in points], color=colour, marker=marker, linestyle=line,
+                  markersize=4, linewidth=1.2, label=method)  # fmt: skip
+        axes.fill_between(sizes, [row["q1_ms"] for _, row in points], [row["q3_ms"] for _, row in points],
+                          color=colour, alpha=0.2, linewidth=0)  # fmt: skip
+    axes.set_xscale("log")
+    logarithmic(axes)
+    axes.set_ylabel("time of one update, ms (log scale)")
+    axes.grid(color="#DDDDDD", linewidth=0.5)
+
+
+def around(axes: Axes, rows: list[dict], kind: str) -> None:
+    """Ours alone: the host's time, the plan's, and the table."""
+    ours = main_of_ours(of_kind(rows, kind))
+    points = [(size, at[ours]) for size, at in by_size(rows, kind).items() if at.get(ours, {}).get("median_ms")]
+    sizes = [size for size, _ in points]
+    lines = {
+        "host time of update(), warm cache": (BLUE, "o", [row["host_warm_us"] / 1e3 for _, row in points]),
+        "host time of update(), cold cache": (GREEN, "^", [row["host_cold_us"] / 1e3 for _, row in points]),
+        "making the plan, once": (ORANGE, "s", [row["plan_ms"] for _, row in points]),
+    }
+    for label, (colour, marker, values) in lines.items():
+        axes.plot(sizes, values, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+    axes.set_xscale("log")
+    logarithmic(axes)
+    axes.set_ylabel("time, ms (log scale)")
+    axes.grid(color="#DDDDDD", linewidth=0.5)
+    table = axes.twinx()
+    table.plot(sizes, [row["table_bytes"] / 1e3 for _, row in points], color=BLACK, linestyle=":", label="table")
+    logarithmic(table)
+    table.set_ylabel("table of chunks, kB (log scale, dotted)")
+    table.spines["right"].set_visible(True)
+
+
+def growth_curves(rows: list[dict]) -> Figure:
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = figure.subplots(2, 2)
+    fixed = {kind: next(row for row in of_kind(rows, kind) if row["tensors"] > 1) for kind in ("elements", "tensors")}
+    labels = (
+        ("elements", f"elements, in {fixed['elements']['tensors']} tensors (log scale)"),
+        ("tensors", f"tensors, of {fixed['tensors']['elements']:,} elements together (log scale)"),
+    )
+    for column, (kind, label) in enumerate(labels):
+        curve(panels[0, column], rows, kind)
+        around(panels[1, column], rows, kind)
+        for axes in panels[:, column]:
+            axes.set_xlabel(label)
+    for row in panels:
+        row[1].legend(frameon=False, fontsize=8, loc="upper left")
+    for column in range(2):
+        panels[0, column].set_title("one update, float32", fontsize=9)
+        panels[1, column].set_title("eman_kernels: the work around the kernel", fontsize=9)
+    threads = f"{on_threads(fixed['elements']['threads'])}, " if rows[0]["device"] == "cpu" else ""
+    figure.suptitle(f"{threads}cold cache; medians, bands are quartiles. {place(rows)}", fontsize=8)
+    return figure
+
+
+def step_bars(rows: list[dict]) -> Figure:
+    found = [row for row in of_kind(rows, "step") if not row.get("why_not")][::-1]
+    figure = Figure(figsize=(8, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(found):
+        error = [[row["median_percent"] - row["q1_percent"]], [row["q3_percent"] - row["median_percent"]]]
+        colour = BLUE if row["method"].startswith(OURS) else ORANGE
+        axes.barh(y, row["median_percent"], color=colour, height=0.6)
+        axes.errorbar(row["median_percent"], y, xerr=error, color=BLACK, linewidth=0.8, capsize=2)
+        text = f"  {row['median_percent']:.2f} %: {row['median_ms']:.2f} of {row['step_ms']:.0f} ms"
+        axes.text(row["q3_percent"], y, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), [row["method"] for row in found])
+    axes.set_xlim(0, 1.45 * max(row["q3_percent"] for row in found))
+    axes.set_xlabel("the teacher update's share of a training step, %")
+    one = found[0]
+    batch = f"WideResNet-28-2, {one['labelled']} labelled and {one['unlabelled']} unlabelled images"
+    axes.set_title(f"{batch}; medians with quartiles\n{place(rows)}", fontsize=8)
+    return figure
+
+
+def draw(rows: list[dict], stem: Path) -> list[Path]:
+    """Every picture that the rows give, beside `stem`."""
+    keys = list(groups(rows))
+    threads = max(key[2] for key in keys)
+    figures = {dtype: bars(rows, dtype, threads) for dtype in dict.fromkeys(key[1] for key in keys)}
+    figures |= {"growth": growth_curves(rows), "step": step_bars(rows)}
+    paths = []
+    for name, figure in figures.items():
+        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(paths[-1], dpi=110)
+    return paths

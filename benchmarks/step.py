@@ -1,0 +1,92 @@
+"""The update's share of a training step like FixMatch's: the student's two passes, the teacher's, SGD, the update.
+
+Written as a user writes it, once for each way of following. The batch is small on a CPU (8 labelled images and 56
+unlabelled ones) and FixMatch's own on a GPU (64 and 448): the smaller the batch, the larger the share.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from methods import LOOP, published_loop
+from models import pair
+from timing import MOMENTUM, quartiles
+from torch import nn
+from tqdm import tqdm
+
+from eman_kernels import EMANTeacher
+
+UNLABELLED = 7  # for each labelled image
+Way = tuple[Callable, Callable[[], object]]  # the teacher's forward pass, and the update
+
+
+def published(student: nn.Module) -> Way:
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    update = torch.no_grad()(published_loop(teacher, student, MOMENTUM).update)
+    return teacher, update
+
+
+def timm_v3(student: nn.Module) -> Way:
+    from timm.utils import ModelEmaV3
+
+    teacher = ModelEmaV3(student, decay=MOMENTUM)
+    return teacher, lambda: teacher.update(student)
+
+
+def ours(student: nn.Module) -> Way:
+    teacher = EMANTeacher(student, MOMENTUM)
+    return teacher, lambda: teacher.update(student)
+
+
+WAYS = {LOOP: published, "timm ModelEmaV3": timm_v3, "eman_kernels": ours}
+
+
+def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dict]:
+    """One row a way: milliseconds of the step and of the update, and the update's share, with quartiles."""
+    _, student = pair("wide_resnet28_2", "float32", device)
+    student.train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9, nesterov=True)
+    ways, rows = {}, []
+    for name, make in WAYS.items():
+        try:
+            ways[name] = make(student)
+        except ImportError as error:
+            rows.append({"kind": "step", "method": name, "why_not": str(error)})
+    classes = torch.randint(10, (labelled,), device=device)
+    images = torch.randn(labelled * (1 + UNLABELLED), 3, 32, 32, device=device)
+    weak = torch.randn(labelled * UNLABELLED, 3, 32, 32, device=device)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * time.perf_counter()
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for k in tqdm(range(rounds + 2), desc="training steps", leave=False, disable=None):
+        for name, (teacher, update) in ways.items():
+            begin = clock()
+            with torch.no_grad():
+                confidence, pseudo = teacher(weak).softmax(dim=1).max(dim=1)
+            logits = student(images)
+            loss = nn.functional.cross_entropy(logits[:labelled], classes)
+            unlabelled = nn.functional.cross_entropy(logits[labelled:], pseudo, reduction="none")
+            loss = loss + (unlabelled * (confidence > 0.95)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            before = clock()
+            update()
+            end = clock()
+            if k >= 2:
+                times[name].append((end - begin, end - before))
+    for name, samples in times.items():
+        share = [100 * update / step for step, update in samples]
+        row = {"kind": "step", "method": name, "model": "wide_resnet28_2", "dtype": "float32", "labelled": labelled}
+        row |= {"threads": torch.get_num_threads(), "unlabelled": labelled * UNLABELLED}
+        row["step_ms"] = statistics.median(step for step, _ in samples)
+        for figure, values in (("_ms", [update for _, update in samples]), ("_percent", share)):
+            row[f"q1{figure}"], row[f"median{figure}"], row[f"q3{figure}"] = quartiles(values)
+        rows.append(row)
+    return rows

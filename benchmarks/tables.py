@@ -1,0 +1,180 @@
+"""Rows as text: the tables of bench_update.py, of a report, and of the README."""
+
+from checks import EMAN, RULES
+from methods import COPY, LIMIT, LOOP, OURS
+from tabulate import tabulate
+
+TOLERANCE = 1.10  # how much slower than a method that does less ours may be
+
+
+def markdown(lines: list[list], headers: list[str]) -> str:
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def of_kind(rows: list[dict], kind: str) -> list[dict]:
+    return [row for row in rows if row["kind"] == kind]
+
+
+def groups(rows: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
+    """The rows of each (model, dtype, threads), in the order in which they were measured."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for row in of_kind(rows, "update"):
+        found.setdefault((row["model"], row["dtype"], row["threads"]), []).append(row)
+    return found
+
+
+def main_of_ours(rows: list[dict]) -> str:
+    """The backend that `auto` takes: the first of ours that has a figure."""
+    return next(row["method"] for row in rows if row["method"].startswith(OURS) and row.get("median_ms"))
+
+
+def keepers(rows: list[dict]) -> set[str]:
+    """The methods that keep the EMAN rule, by what they were seen to do."""
+    return {row["method"] for row in of_kind(rows, "rules") if all(row["rules"][rule] == "yes" for rule in EMAN)}
+
+
+def update_table(rows: list[dict]) -> str:
+    """One model, dtype and number of threads."""
+    loop = next((row.get("median_ms") for row in rows if row["method"] == LOOP), None)
+    on_host = any(row.get("host_ms") for row in rows)
+    lines, missing = [], []
+    for row in rows:
+        ms = row.get("median_ms")
+        if ms is None:
+            missing.append(f"\n- {row['method']}: {row['why_not']}")
+            continue
+        gigabytes, counted = row.get("gigabytes"), row.get("operations")
+        lines.append(
+            [
+                row["method"],
+                f"{ms:.3f}",
+                f"{row['q1_ms']:.3f} ... {row['q3_ms']:.3f}",
+                f"{row['x_limit']:.2f}",
+                f"{row['x_limit_q1']:.2f} ... {row['x_limit_q3']:.2f}",
+                f"{loop / ms:.1f}" if loop else "",
+                f"{1e3 * gigabytes / ms:.1f}" if gigabytes else "",
+                f"{1e9 * gigabytes / row['elements']:.1f}" if gigabytes else "",
+                f"{counted:,}" if counted is not None else "",
+                row["syncs"] if row.get("syncs") is not None else "",
+                row.get("lacks", ""),
+                *([f"{row['host_ms']:.3f}"] if on_host else []),
+            ]
+        )
+    headers = ["method", "ms", "quartiles", "x limit", "quartiles", "faster than the loop", "GB/s", "B/element"]
+    headers += ["operations", "host syncs", "leaves undone"] + ["host ms"] * on_host
+    return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
+
+
+def on_threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def title(model: str, dtype: str, threads: int, rows: list[dict]) -> str:
+    device = rows[0].get("device", "cpu")
+    where = on_threads(threads) if device == "cpu" else device
+    return f"{model}, {dtype}, {rows[0]['elements']:,} elements in {rows[0]['tensors']} tensors, {where}"
+
+
+def rules_table(rows: list[dict]) -> str:
+    """A raised error goes under the table: its text would widen a column."""
+    lines, raised = [], []
+    for row in of_kind(rows, "rules"):
+        lines.append([row["method"], *("no: raises" if "raises" in (a := row["rules"][r]) else a for r in RULES)])
+        messages = {answer for answer in row["rules"].values() if "raises" in answer}
+        raised += [f"\n- {row['method']} {message}" for message in sorted(messages)]
+    return markdown(lines, ["method", *RULES]) + "".join(raised) + "\n" * bool(raised)
+
+
+def summary(rows: list[dict], dtype: str) -> str:
+    """x limit and milliseconds of each method and model, by the most threads."""
+    threads = max(key[2] for key in groups(rows))
+    chosen = {key[0]: found for key, found in groups(rows).items() if key[1:] == (dtype, threads)}
+    kept = keepers(rows)
+    measured = list(dict.fromkeys(row["method"] for found in chosen.values() for row in found if row.get("median_ms")))
+    lines = []
+    for method in measured:
+        cells = []
+        for found in chosen.values():
+            row = next(row for row in found if row["method"] == method)
+            cells.append(f"{row['x_limit']:.2f}, {row['median_ms']:.2f} ms" if row.get("median_ms") else "none")
+        name = f"**{method}**" if method.startswith(OURS) else method
+        lines.append([name, "" if method in (LIMIT, COPY) else "yes" if method in kept else "no", *cells])
+    return markdown(lines, ["method", "keeps the EMAN rule", *chosen])
+
+
+def by_size(rows: list[dict], kind: str) -> dict[int, dict[str, dict]]:
+    """Size -> method -> row, of a growth curve."""
+    found: dict[int, dict[str, dict]] = {}
+    for row in of_kind(rows, kind):
+        found.setdefault(row["size"], {})[row["method"]] = row
+    return found
+
+
+def growth_table(rows: list[dict], kind: str) -> str:
+    points = by_size(rows, kind)
+    methods = list(dict.fromkeys(row["method"] for row in of_kind(rows, kind) if row.get("median_ms")))
+    lines, missing = [], []
+    for size, at in points.items():
+        if not at[LIMIT].get("median_ms"):
+            missing.append(f"\n- {size:,} {kind}: {at[LIMIT]['why_not']}")
+            continue
+        mine = at[main_of_ours(list(at.values()))]
+        cells = [f"{at[method]['median_ms']:.3f}" if at.get(method, {}).get("median_ms") else "" for method in methods]
+        around = [f"{mine['host_warm_us']:.0f}", f"{mine['host_cold_us']:.0f}", f"{mine['plan_ms']:.1f}"]
+        lines.append([f"{size:,}", *cells, *around, f"{mine['table_bytes']:,}"])
+    headers = [kind, *(f"{method}, ms" for method in methods)]
+    headers += ["our host time warm, us", "cold, us", "our plan, ms", "our table, bytes"]
+    return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
+
+
+def step_table(rows: list[dict]) -> str:
+    lines = []
+    for row in of_kind(rows, "step"):
+        if row.get("why_not"):
+            continue
+        update = f"{row['median_ms']:.2f} ({row['q1_ms']:.2f} ... {row['q3_ms']:.2f})"
+        share = f"{row['median_percent']:.2f} % ({row['q1_percent']:.2f} ... {row['q3_percent']:.2f})"
+        lines.append([row["method"], f"{row['step_ms']:.0f}", update, share])
+    return markdown(lines, ["update by", "step, ms", "update, ms (quartiles)", "share of the step (quartiles)"])
+
+
+def instructions_table(rows: list[dict]) -> str:
+    """A fixed part and a part for each tensor: the line through the two sizes."""
+    lines = []
+    for row in of_kind(rows, "instructions"):
+        if row.get("why_not"):
+            return f"Not counted: {row['why_not']}.\n"
+        (few, many), (low, high) = row["sizes"], row["instructions"]
+        each = (high - low) / (many - few)
+        lines.append([row["method"], f"{each:,.0f}", f"{low - each * few:,.0f}"])
+    return markdown(lines, ["method", "instructions for each tensor", "and once"])
+
+
+def verdicts(rows: list[dict]) -> str:
+    """What is to be shown of ours, with each exception."""
+    kept = keepers(rows)
+    behind, far, slower = [], [], []
+    for (model, dtype, threads), found in groups(rows).items():
+        timed = {row["method"]: row for row in found if row.get("median_ms")}
+        mine = timed[main_of_ours(found)]
+        where = f"{model}, {dtype}, {on_threads(threads)}"
+        for method, row in timed.items():
+            if method in (LIMIT, COPY) or method.startswith(OURS):
+                continue
+            ratio = mine["x_limit"] / row["x_limit"]
+            if method in kept and ratio > 1:
+                behind.append(f"{where}: {ratio:.2f} of the time of {method}")
+            if method not in kept and ratio > TOLERANCE:
+                slower.append(f"{where}: {ratio:.2f} of the time of {method}")
+        if mine["elements"] > 5_000_000 and mine["x_limit"] > 1.15:
+            far.append(f"{where}: {mine['x_limit']:.2f} ({mine['x_limit_q1']:.2f} ... {mine['x_limit_q3']:.2f})")
+    claims = {
+        "First of all methods that keep the EMAN rule, on every model and dtype": behind,
+        "Within 1.15 of the limit for models over 5 M elements": far,
+        "Nowhere slower by more than 10 % than a method that does less": slower,
+    }
+    parts = []
+    for claim, exceptions in claims.items():
+        parts.append(f"- {claim}: {'not so for' if exceptions else 'so.'}")
+        parts += [f"  - {exception}" for exception in exceptions]
+    return "\n".join(parts) + "\n"

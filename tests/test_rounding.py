@@ -79,6 +79,7 @@ def test_the_ends_of_the_range(dtype):
     """Infinities and NaNs stay; what is beyond the largest number becomes it or infinity; zeros keep their sign."""
     largest, beyond = torch.finfo(dtype).max, 65535.0 if dtype == torch.float16 else 3.3961e38
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, largest, -largest, beyond]).repeat(1000)
+    special[2::16] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a GPU's own NaN
     for backend in (None, "reference"):
         teacher = torch.zeros(8000, dtype=dtype)
         # At momentum 0 the average is the student's number, but for infinities.

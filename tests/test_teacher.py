@@ -336,9 +336,9 @@ def test_found_inf_of_gradscaler(student):
     assert teacher.step == 2
 
 
-def test_a_step_on_the_device_is_the_same_as_one_on_the_host(student):
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 5}], ids=str)
+def test_a_step_on_the_device_is_the_same_as_one_on_the_host(student, options):
     schedule = schedules.Cosine(0.9, 8)
-    options = {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 5}
     teachers = [EMANTeacher(student, schedule, capturable=capturable, **options) for capturable in (False, True)]
     for _ in range(4):
         train_step(student)
@@ -462,6 +462,16 @@ def test_swapped(student):
         1 / 0  # noqa: B018
     assert torch.equal(student(x), own)
     teacher.update(student)
+
+
+def test_autograd_notices_a_swap(student):
+    teacher = EMANTeacher(student)
+    loss = student(torch.randn(4, 3, 6, 6)).pow(2).sum()
+    with (
+        teacher.swapped(student),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
+        loss.backward()
 
 
 def test_what_cannot_be_swapped(student):

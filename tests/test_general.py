@@ -14,9 +14,10 @@ from conftest import (
     values,
 )
 
-from eman_kernels import ema_update_, plan, swapped
+from eman_kernels import backends, ema_update_, plan, swapped
+from eman_kernels.backends import reference
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Call, Plan
+from eman_kernels.plan import Call, Plan, Work
 
 HALF_PAIRS = [pair for pair in EMA_PAIRS if pair[0] in (torch.bfloat16, torch.float16)]
 FLOAT_PAIRS = [pair for pair in EMA_PAIRS if pair[0] == torch.float32]
@@ -79,6 +80,19 @@ def test_stochastic_rounding_draws_anew_by_seed_step_and_tensor(backend_and_devi
             assert 0.3 < (one != two).float().mean() < 0.6
     assert not torch.equal(*first)
     assert all(map(torch.equal, first, results(0, 0)))
+
+
+@pytest.mark.parametrize("first", [1 << 35, (1 << 35) - 1024, 1 << 60], ids=hex)
+def test_elements_past_the_first_2_to_the_35(backend_and_device, first):
+    """Where the number of a group of eight takes more than 32 bits."""
+    backend, device = backend_and_device
+    student, teachers = torch.full((2048,), 1 / 3, device=device), []
+    for module in (backends._BACKENDS[backend], reference):
+        teachers.append(torch.zeros(2048, dtype=torch.float16, device=device))
+        pair = Pair("", teachers[-1], student, "ema", first=first)
+        module.run(Work(device, module, [pair], stochastic=True), Call([0.5], seed=1, step=2))
+    assert torch.equal(*teachers)
+    assert 0.2 < (teachers[0] == teachers[0].max()).float().mean() < 0.8
 
 
 @pytest.mark.parametrize("dtypes", FLOAT_PAIRS, ids=name_of)

@@ -203,6 +203,8 @@ def test_cast_runs_a_copy_and_keeps_a_float32_master(student):
     train_step(student)
     teacher = EMANTeacher(student, momentum=0.9, cast=torch.bfloat16)
     x = torch.randn(4, 3, 6, 6)
+    teacher(x)
+    first = teacher._copy
     for _ in range(3):
         train_step(student)
         before = copy.deepcopy(teacher.module.state_dict())
@@ -217,6 +219,7 @@ def test_cast_runs_a_copy_and_keeps_a_float32_master(student):
         out = teacher(x)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, fresh(x.to(torch.bfloat16)))
+        assert teacher._copy is first, "the copy was made anew, and not written along"
     plan = plan_for(teacher.module, student)
     assert not plan.ineligible
     assert [work.general for work in plan.works] == [True]
@@ -381,7 +384,7 @@ def test_nonfinite_elements_are_skipped_and_counted(student):
 
 
 def test_several_teachers_are_what_each_would_be_alone(student):
-    momenta = [0.9, schedules.WarmUp(0.99), torch.tensor(0.5, dtype=torch.float64)]
+    momenta = [0.9, schedules.WarmUp(0.99), torch.tensor(0.7, dtype=torch.float64)]
     teachers = EMANTeachers(student, momenta, nonfinite="skip", cast=torch.float16)
     alone = [EMANTeacher(student, momentum) for momentum in momenta]
     for _ in range(3):

@@ -283,3 +283,12 @@ def test_options_that_are_none():
         assert not teacher.any()
     with pytest.raises(ValueError, match=r"the momentum is on meta .* or give the momentum as a number"):
         ema_update_([teacher], [student], torch.zeros((), device="meta"))
+
+
+def test_found_inf_is_what_the_kernels_read():
+    """float32 and 0-d, whatever it was; GradScaler's own is taken as it is."""
+    for given in (torch.tensor(True), torch.tensor([2]), torch.tensor(1.0, dtype=torch.float64)):
+        found_inf = functional.call_of([0.5], given).found_inf
+        assert (found_inf.dtype, found_inf.dim(), bool(found_inf)) == (torch.float32, 0, True)
+    own = torch.tensor(0.0)
+    assert functional.call_of([0.5], own).found_inf.data_ptr() == own.data_ptr()

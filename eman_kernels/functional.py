@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from numbers import Real
 from operator import is_
@@ -245,7 +245,7 @@ def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | No
     plan.swap()
 
 
-@cache
+@lru_cache  # bounded: a seed may be another in each step
 def check_modes(rounding: str, seed: int, has_step: bool, nonfinite: str) -> None:
     """Raises ValueError for a rounding or a nonfinite mode that is none, or one that lacks its seed or step."""
     for name, value, known in (("rounding", rounding, Rounding), ("nonfinite", nonfinite, Nonfinite)):

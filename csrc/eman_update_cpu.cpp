@@ -133,24 +133,24 @@ EMAN_CLONES void swap_chunk_of_any_width(const Chunk& chunk) {
 
 // Sixteen neighbouring chunks at a time: a thread then streams through memory (5 % over 4 at a time on two cores), and
 // the small tensors at the table's end even out what is left.
-#define EMAN_PARALLEL _Pragma("omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1)")
+#define EMAN_BY_SIXTEEN schedule(dynamic, 16) num_threads(threads) if (threads > 1)
 
 void update_cpu(const Call& call, int64_t n_pieces, bool general, int threads) {
   if (call.is_off()) return;
   if (!general) {
     const Weight weight = call.weight(0);
-    EMAN_PARALLEL
+#pragma omp parallel for EMAN_BY_SIXTEEN
     for (int64_t i = 0; i < n_pieces; ++i) update_chunk_of_any_pair(call.chunks[i], weight);
     return;
   }
   uint64_t skipped = 0;
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (threads > 1) reduction(+ : skipped)
+#pragma omp parallel for EMAN_BY_SIXTEEN reduction(+ : skipped)
   for (int64_t i = 0; i < n_pieces; ++i) skipped += update_piece(call.chunks + i * call.n_teachers, call);
   if (call.skipped != nullptr) *call.skipped += skipped;
 }
 
 void swap_cpu(const Chunk* chunks, int64_t n_chunks, int threads) {
-  EMAN_PARALLEL
+#pragma omp parallel for EMAN_BY_SIXTEEN
   for (int64_t i = 0; i < n_chunks; ++i) swap_chunk_of_any_width(chunks[i]);
 }
 

@@ -66,9 +66,9 @@ class Work:
 
     def __post_init__(self) -> None:
         self.stochastic &= any(pair.rule == "ema" and pair.teacher.dtype in _EPSILON for pair in self.pairs)
-        casts = any(pair.cast is not None for pair in self.pairs)
+        self.casts = any(pair.cast is not None for pair in self.pairs)
         # The kernels for one teacher, rounded to nearest, and no more, are the fast ones.
-        self.general = self.n_teachers > 1 or self.stochastic or self.skip_nonfinite or casts
+        self.general = self.n_teachers > 1 or self.stochastic or self.skip_nonfinite or self.casts
 
     @cached_property
     def table(self) -> Tensor:

@@ -204,8 +204,8 @@ def test_what_is_launched(monkeypatch, name, warp):
     class Work:
         device = torch.device("cuda", 0)
         table = torch.zeros(6, 4, dtype=torch.int64)
-        pairs = ()
-        n_teachers, n_pieces, general, stochastic, skip_nonfinite = 1, 6, False, False, False
+        n_teachers, n_pieces = 1, 6
+        general = stochastic = skip_nonfinite = casts = False
 
         def keep_table(self):
             launched.append("kept")

@@ -3,8 +3,9 @@
 NAME            as it is asked for.
 TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
 unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
-run(work, momentum) -> None                 updates a plan.Work in place; momentum is a float, or a 0-d tensor of
-                                            float32 or float64 on the work's device, which is not waited for.
+run(work, call) -> None                     updates a plan.Work in place, as a plan.Call says, whose tensors lie on the
+                                            work's device and are not waited for.
+swap(work) -> None                          exchanges the values of the work's teachers and students.
 """
 
 import os

@@ -27,10 +27,9 @@ def run(work, call) -> None:
         elif teacher_dtype == student_dtype:
             torch._foreach_lerp_(teachers, students, weight)
         else:
-            # _foreach_lerp_ takes no mixed dtypes.
-            torch._foreach_copy_(
-                teachers, [reference.lerp(t, s, weight) for t, s in zip(teachers, students, strict=True)]
-            )
+            # _foreach_lerp_ takes no mixed dtypes. One at a time: no temporary of the network's size.
+            for teacher, student in zip(teachers, students, strict=True):
+                teacher.copy_(reference.lerp(teacher, student, weight))
 
 
 swap = reference.swap

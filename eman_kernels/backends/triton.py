@@ -54,12 +54,7 @@ def run(work, call) -> None:
     on_device = isinstance(call.momenta, torch.Tensor)
     general = None
     if work.general:
-        general = (
-            work.n_teachers,
-            work.stochastic,
-            work.skip_nonfinite,
-            any(pair.cast is not None for pair in work.pairs),
-        )
+        general = (work.n_teachers, work.stochastic, work.skip_nonfinite, work.casts)
     launch(
         eman_update,
         work,

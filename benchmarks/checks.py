@@ -4,9 +4,9 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from methods import KINDS, Following, Method
 from models import DTYPES, student_of, tensors_of
 from torch import Tensor, nn
+from updates import KINDS, Following, Method
 
 RULES = (
     "float buffers averaged",

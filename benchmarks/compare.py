@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from methods import OURS
 from tables import markdown
+from updates import OURS
 
 KEY = ("kind", "model", "dtype", "threads", "size", "method")
 COUNTED = ("operations", "syncs", "gigabytes", "table_bytes")

@@ -134,10 +134,10 @@ def wait_for(condition, child: subprocess.Popen, log: Path, timeout: float) -> N
 @torch.no_grad()
 def be_counted(go: Path) -> None:
     """The process under callgrind: everything warm, then each method once for each size, a total after each."""
-    import methods
+    import updates
 
-    made = {methods.LOOP: methods.published_loop, "foreach, lists kept": methods.foreach}
-    ours = {n: how for n, how in methods.by_us(torch.device("cpu")).items() if isinstance(how, methods.Method)}
+    made = {updates.LOOP: updates.published_loop, "foreach, lists kept": updates.foreach}
+    ours = {n: how for n, how in updates.by_us(torch.device("cpu")).items() if isinstance(how, updates.Method)}
     name = next(iter(ours))
     made[name] = ours[name].make
     updates = []

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from methods import LIMIT, LOOP, OURS, Method
 from models import Slices
 from timing import CACHE_BYTES, MOMENTUM, Row, admit, pin_the_heap, take
 from torch import Tensor, nn
+from updates import LIMIT, LOOP, OURS, Method
 
 from eman_kernels import eman_update_, functional
 

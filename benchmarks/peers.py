@@ -7,10 +7,10 @@ import copy
 from types import SimpleNamespace
 
 import torch
-from methods import Following, Method, split
 from models import tensors_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from updates import Following, Method, split
 
 
 def timm_v2(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:

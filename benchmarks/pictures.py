@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
-from methods import COPY, LIMIT, LOOP, OURS
 from tables import by_size, groups, keepers, main_of_ours, of_kind, on_threads
+from updates import COPY, LIMIT, LOOP, OURS
 
 matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 # Wong's palette: told apart by every kind of colour vision.

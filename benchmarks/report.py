@@ -13,7 +13,6 @@ import torch
 from checks import rules_kept
 from counts import SIZES, host_instructions, no_callgrind
 from growth import around_the_kernel, growth
-from methods import Method, by_hand, by_us
 from models import DTYPES, MODELS, pair
 from peers import peers
 from pictures import draw
@@ -32,6 +31,7 @@ from tables import (
     verdicts,
 )
 from timing import machine, measure
+from updates import Method, by_hand, by_us
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from methods import LOOP, published_loop
 from models import pair
 from timing import MOMENTUM, quartiles
 from torch import nn
 from tqdm import tqdm
+from updates import LOOP, published_loop
 
 from eman_kernels import EMANTeacher
 

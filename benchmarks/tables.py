@@ -1,8 +1,8 @@
 """Rows as text: the tables of bench_update.py, of a report, and of the README."""
 
 from checks import EMAN, RULES
-from methods import COPY, LIMIT, LOOP, OURS
 from tabulate import tabulate
+from updates import COPY, LIMIT, LOOP, OURS
 
 TOLERANCE = 1.10  # how much slower than a method that does less ours may be
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from checks import faults
 from counts import counts, launches
-from methods import COPY, LIMIT, Following, Method, Update
 from models import DTYPES, pair, tensors_of
 from torch import Tensor, nn
 from tqdm import tqdm
+from updates import COPY, LIMIT, Following, Method, Update
 
 import eman_kernels
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(BENCHMARKS))
 import checks  # noqa: E402
 import compare  # noqa: E402
 import counts  # noqa: E402
-import methods  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
+import updates  # noqa: E402
 
 # Rounding to nearest at 0.999 is what is measured, whether the teacher moves or not.
 pytestmark = pytest.mark.filterwarnings("ignore:.*stands still")
@@ -40,13 +40,13 @@ needs_the_kernel = pytest.mark.skipif(OURS != "eman_kernels cpu", reason=f"{avai
 @pytest.mark.parametrize(
     ("make", "dtype", "operations", "each"),
     [  # ResNet-50: 161 parameters and 106 float buffers, averaged; 53 counters, copied
-        (methods.published_loop, "float32", 4 * 267 + 53, 9 * 4),  # two products, a sum, a copy
-        (methods.lerp_loop, "float32", 320, 3 * 4),
-        (methods.lerp_loop, "mixed", 320 + 267, 2 + 4 + 3 * 4),  # a cast of each student tensor first
-        (methods.foreach, "float32", 2, 3 * 4),
-        pytest.param(methods.ours("cpu"), "float32", 1, 3 * 4, marks=needs_the_kernel),
-        pytest.param(methods.ours("cpu"), "mixed", 1, 2 + 2 * 4, marks=needs_the_kernel),
-        pytest.param(methods.ours("cpu"), "bfloat16", 1, 3 * 2, marks=needs_the_kernel),
+        (updates.published_loop, "float32", 4 * 267 + 53, 9 * 4),  # two products, a sum, a copy
+        (updates.lerp_loop, "float32", 320, 3 * 4),
+        (updates.lerp_loop, "mixed", 320 + 267, 2 + 4 + 3 * 4),  # a cast of each student tensor first
+        (updates.foreach, "float32", 2, 3 * 4),
+        pytest.param(updates.ours("cpu"), "float32", 1, 3 * 4, marks=needs_the_kernel),
+        pytest.param(updates.ours("cpu"), "mixed", 1, 2 + 2 * 4, marks=needs_the_kernel),
+        pytest.param(updates.ours("cpu"), "bfloat16", 1, 3 * 2, marks=needs_the_kernel),
     ],
 )
 @torch.no_grad()
@@ -93,7 +93,7 @@ def python_work(update):
 @torch.no_grad()
 def test_python_does_the_same_work_for_any_number_of_tensors():
     work = []
-    for make in (methods.ours("cpu"), methods.published_loop):
+    for make in (updates.ours("cpu"), updates.published_loop):
         for tensors in (100, 300):
             update = make(*slices(tensors), 0.9).update
             update(), update()
@@ -113,7 +113,7 @@ def test_instructions_of_the_host():
         each[method] = (many - few) / (counts.SIZES[1] - counts.SIZES[0])
     # 2797 a tensor when this was written, kernel and all; the loop has 65,000.
     assert each[OURS] < 3500
-    assert each[methods.LOOP] > 10 * each[OURS]
+    assert each[updates.LOOP] > 10 * each[OURS]
 
 
 # ---------------------------------------------------------------- what each method does
@@ -161,7 +161,7 @@ SPOILED = {
 @torch.no_grad()
 def test_a_broken_rule_is_seen_and_no_other(rule):
     def make(teacher, student, momentum):
-        right = methods.ours("reference")(teacher, student, momentum)
+        right = updates.ours("reference")(teacher, student, momentum)
 
         def update():
             if rule not in SPOILED and student.first.weight.dtype != teacher.first.weight.dtype:
@@ -177,7 +177,7 @@ def test_a_broken_rule_is_seen_and_no_other(rule):
 
     kept = dict.fromkeys(checks.RULES, "yes") | {"bf16 teacher moves": "no"}
     kept[rule] = "no" if rule in SPOILED else "raises: expected one dtype"
-    assert checks.rules_kept(methods.Method(make), CPU) == kept
+    assert checks.rules_kept(updates.Method(make), CPU) == kept
 
 
 @torch.no_grad()
@@ -188,33 +188,33 @@ def test_a_bf16_teacher_that_moves_is_seen():
             for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                 t.copy_(torch.lerp(t.float(), s.float(), 1 - momentum) + (torch.rand(t.shape) - 0.5) * 2**-7)
 
-        return methods.Following(update, models.tensors_of(teacher))
+        return updates.Following(update, models.tensors_of(teacher))
 
-    assert checks.rules_kept(methods.Method(make), CPU)["bf16 teacher moves"] == "yes"
+    assert checks.rules_kept(updates.Method(make), CPU)["bf16 teacher moves"] == "yes"
 
 
 @torch.no_grad()
 def test_rules_of_ours_and_of_the_published_loop():
     kept = dict.fromkeys(checks.RULES, "yes") | {"bf16 teacher moves": "no"}
-    assert checks.rules_kept(methods.Method(methods.ours("reference")), CPU) == kept
+    assert checks.rules_kept(updates.Method(updates.ours("reference")), CPU) == kept
     kept |= {"tied weights once": "no", "non-persistent buffers": "no"}
-    assert checks.rules_kept(methods.Method(methods.published_loop), CPU) == kept
-    raised = checks.rules_kept(methods.Method(methods.foreach), CPU)["fp32 teacher of a bf16 student"]
+    assert checks.rules_kept(updates.Method(updates.published_loop), CPU) == kept
+    raised = checks.rules_kept(updates.Method(updates.foreach), CPU)["fp32 teacher of a bf16 student"]
     assert raised.startswith("raises: ")
 
 
 def at_rest(teacher, student, momentum):
-    return methods.Following(lambda: None, models.tensors_of(teacher))
+    return updates.Following(lambda: None, models.tensors_of(teacher))
 
 
 @torch.no_grad()
 def test_who_does_nothing_keeps_no_rule():
-    assert checks.rules_kept(methods.Method(at_rest), CPU) == dict.fromkeys(checks.RULES, "no")
+    assert checks.rules_kept(updates.Method(at_rest), CPU) == dict.fromkeys(checks.RULES, "no")
 
 
 def test_a_wrong_method_gets_no_figure():
     def drifting(teacher, student, momentum):
-        right = methods.lerp_loop(teacher, student, momentum)
+        right = updates.lerp_loop(teacher, student, momentum)
 
         def update():
             right.update()
@@ -223,7 +223,7 @@ def test_a_wrong_method_gets_no_figure():
         return right._replace(update=update)
 
     def without_counters(teacher, student, momentum):
-        right = methods.lerp_loop(teacher, student, momentum)
+        right = updates.lerp_loop(teacher, student, momentum)
 
         def update():
             right.update()
@@ -232,7 +232,7 @@ def test_a_wrong_method_gets_no_figure():
         return right._replace(update=update)
 
     def forgetful(teacher, student, momentum):
-        right = methods.lerp_loop(teacher, student, momentum)
+        right = updates.lerp_loop(teacher, student, momentum)
 
         def update():
             teacher.fc.bias *= 0.9
@@ -244,13 +244,13 @@ def test_a_wrong_method_gets_no_figure():
         raise ImportError("No module named 'x'")
 
     given = {
-        methods.LOOP: methods.Method(methods.published_loop),
-        "drifting": methods.Method(drifting, exact=True),
-        "without counters": methods.Method(without_counters),
-        "claims no counters": methods.Method(without_counters, ("parameters", "float buffers")),
-        "forgetful": methods.Method(forgetful),
-        "at rest": methods.Method(at_rest),
-        "unwilling": methods.Method(unwilling),
+        updates.LOOP: updates.Method(updates.published_loop),
+        "drifting": updates.Method(drifting, exact=True),
+        "without counters": updates.Method(without_counters),
+        "claims no counters": updates.Method(without_counters, ("parameters", "float buffers")),
+        "forgetful": updates.Method(forgetful),
+        "at rest": updates.Method(at_rest),
+        "unwilling": updates.Method(unwilling),
         "absent": "not here",
     }
     for dtype in ("float32", "bfloat16"):
@@ -264,7 +264,7 @@ def test_a_wrong_method_gets_no_figure():
         assert rows["claims no counters"].lacks == "counters"
         assert all((row.median_ms is None) == (row.why_not is not None) for row in rows.values())
         assert {method for method, row in rows.items() if row.median_ms} == {
-            methods.LOOP, "claims no counters", methods.LIMIT, methods.COPY
+            updates.LOOP, "claims no counters", updates.LIMIT, updates.COPY
         }  # fmt: skip
         assert "fc.bias is not" in tables.update_table(list(map(asdict, rows.values())))
 
@@ -299,7 +299,7 @@ def test_it_prints_the_table_and_writes_the_rows(tmp_path, dtype):
         assert row["torch"] == torch.__version__
         assert (row["median_ms"] is None) == (row["why_not"] is not None)
     measured = {method for method, row in rows.items() if row["median_ms"]}
-    assert measured >= {methods.LOOP, OURS, "eman_kernels foreach", methods.LIMIT}
+    assert measured >= {updates.LOOP, OURS, "eman_kernels foreach", updates.LIMIT}
     assert ("foreach, lists kept" in measured) == (dtype != "mixed")
     assert "lerp loop" not in rows
 
@@ -333,7 +333,7 @@ def test_the_report(quick_report):
     assert {row["kind"] for row in rows} == {"rules", "update", "elements", "tensors", "step", "instructions"}
     assert all({"device", "cpu", "torch", "eman_kernels", "date"} <= row.keys() for row in rows)
     timed = [row for row in rows if "x_limit" in row]
-    assert {row["method"] for row in timed if row["kind"] == "update"} >= {methods.LOOP, OURS, "torch AveragedModel"}
+    assert {row["method"] for row in timed if row["kind"] == "update"} >= {updates.LOOP, OURS, "torch AveragedModel"}
     assert {row["size"] for row in timed if row["kind"] == "tensors"} == {10, 30, 100, 300, 1000, 3000, 10_000}
     assert all(row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in timed)
     text = file.with_suffix(".md").read_text()

@@ -1,0 +1,152 @@
+"""What a study found: its records as tables and as curves."""
+
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+sys.path.append(str(Path(__file__).parent.parent))
+from pictures import BLACK, BLUE, ORANGE, PINK
+from tables import step_table
+
+matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+Record = dict[str, Any]
+COLOURS = {"bn": ORANGE, "ema-bn": PINK, "eman": BLUE}
+FIXMATCH = {
+    "student_accuracy": "student",
+    "teacher_accuracy": "teacher",
+    "precision": "pseudo-labels right",
+    "mask_rate": "pseudo-labels used",
+}
+FEATURES = {
+    "student_probe_13": "linear, 13 labels",
+    "student_probe_128": "linear, 128 labels",
+    "student_knn": "kNN",
+    "teacher_knn": "kNN of the teacher",
+}
+SHARES = {"precision", "mask_rate"}  # kept as parts of 1, shown in percent
+PUBLISHED = [  # Cai et al., 2021: ResNet-50, ImageNet, top-1
+    ["MoCo-EMAN, 200 epochs, linear", "48.9", "60.5", "67.7"],
+    ["MoCo-EMAN, 800 epochs, linear", "55.4", "64.0", "70.1"],
+    ["BYOL-EMAN, 200 epochs, linear", "55.1", "66.7", "72.2"],
+    ["FixMatch-EMAN from MoCo-EMAN-800", "63.0", "74.0", ""],
+]
+
+
+def groups(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, list[Record]]]:
+    """(setting, labels) -> teacher -> the records of its seeds, in the order of the seeds."""
+    found: dict[tuple[str, int], dict[str, list[Record]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        found.setdefault((record["setting"], record["labels"]), {}).setdefault(record["teacher"], []).append(record)
+    return found
+
+
+def of(records: list[Record], metric: str) -> list[float]:
+    factor = 100 if metric in SHARES else 1
+    return [factor * record["results"][metric] for record in records if metric in record["results"]]
+
+
+def mean_and_sd(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(records: list[Record], method: str) -> str:
+    """Means and standard deviations over the seeds, in percent, and EMAN's paired difference from each other one."""
+    metrics = FIXMATCH if method == "fixmatch" else FEATURES
+    main = next(iter(metrics))
+    rows = []
+    for (setting, labels), teachers in groups(record for record in records if record["method"] == method).items():
+        for teacher in sorted(teachers, key=list(COLOURS).index):
+            runs = teachers[teacher]
+            row = [setting, *([labels] if method == "fixmatch" else []), "" if "supervised" in setting else teacher]
+            row += [len(runs), *(mean_and_sd(of(runs, metric)) for metric in metrics)]
+            pairs = zip(of(teachers.get("eman", []), main), of(runs, main), strict=False)
+            row.append("" if teacher == "eman" or "eman" not in teachers else mean_and_sd([a - b for a, b in pairs]))
+            rows.append(row)
+    names = ["method", *(["labels a class"] if method == "fixmatch" else []), "teacher", "seeds", *metrics.values()]
+    return tabulate(
+        rows, [*names, f"EMAN's {next(iter(metrics.values()))} is better by"], "github", disable_numparse=True
+    )
+
+
+def summary(records: list[Record]) -> str:
+    parts = [table(records, method) for method in ("fixmatch", "moco", "byol")]
+    published = tabulate(
+        PUBLISHED,
+        ["published, not reproduced here", "1 %", "10 %", "100 % of the labels"],
+        "github",
+        disable_numparse=True,
+    )
+    return "\n\n".join([*parts, published]) + "\n"
+
+
+def place(records: list[Record]) -> str:
+    row = records[0]
+    device = row["cpu"] + ", one thread a run" if row["device"] == "cpu" else row["device"]
+    return f"{row['data']}, {device}, torch {row['torch']}, {row['date']}"
+
+
+def text(records: list[Record], shares: list[Record], stem: str) -> str:
+    """The whole page in Markdown."""
+    hours = sum(record["seconds"] for record in records) / 3600
+    parts = [
+        "# The three methods with three teachers\n",
+        f"{place(records)}; {len(records)} runs, {hours:.1f} hours of one core. Percent of the test images, mean ± "
+        "standard deviation over the seeds, after the last step (none is selected by its result). A seed means the "
+        "same labels, initial network and batches for each teacher, so that differences are paired.\n",
+        summary(records),
+        f"![Curves]({stem}.png)\n",
+        "## The update's share of a step\n",
+        f"{shares[0]['threads']} threads, augmentation not counted.\n",
+    ]
+    for name in dict.fromkeys(row["model"] for row in shares):
+        parts += [f"### {name}\n", step_table([row for row in shares if row["model"] == name])]
+    return "\n".join(parts)
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Curves over the steps, a row for each setting: mean and standard deviation over the seeds."""
+    found = groups(records)
+    shown = [key for key in found if "supervised" not in key[0]]
+    figure = Figure(figsize=(13, 2.4 * len(shown) + 0.6), layout="constrained")
+    grid = figure.subplots(len(shown), 4, squeeze=False)
+    for line, key in zip(grid, shown, strict=True):
+        setting, labels = key
+        fixmatch = next(iter(found[key].values()))[0]["method"] == "fixmatch"
+        score = "accuracy" if fixmatch else "knn"
+        metrics = [f"student_{score}", f"teacher_{score}", "precision" if fixmatch else "loss", "weights_apart"]
+        for axes, metric in zip(line, metrics, strict=True):
+            for teacher, runs in found[key].items():
+                curve(axes, runs, metric, COLOURS[teacher], teacher)
+            baseline = found.get((setting.replace("FixMatch", "supervised only").split(",")[0], labels), {}).get("bn")
+            if metric == "student_accuracy" and baseline:
+                curve(axes, baseline, metric, BLACK, "supervised only")
+            axes.set_title(metric.replace("_", " ").replace("apart", "apart, relative"), fontsize=9)
+        line[0].set_ylabel(f"{setting}\n{f'{labels} labels a class' if fixmatch else ''}", fontsize=8)
+        line[0].legend(fontsize=7, frameon=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("steps")
+    figure.suptitle(f"Mean and standard deviation over the seeds; {place(records)}", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def curve(axes: Any, runs: list[Record], metric: str, colour: str, label: str) -> None:
+    points: dict[int, list[float]] = {}
+    for record in runs:
+        for point in record["curve"]:
+            if metric in point:
+                points.setdefault(point["step"], []).append((100 if metric in SHARES else 1) * point[metric])
+    if not points:
+        return
+    means = [statistics.mean(values) for values in points.values()]
+    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
+    axes.plot(list(points), means, color=colour, label=label, marker=".", linewidth=1.2)
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,168 @@
+"""`make methods`: the three methods with each teacher, over seeds; a line of JSON a run, a table and pictures.
+
+A study that is interrupted goes on where it was: runs that its file of results has are not made again.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from byol import Byol
+from data import Images, load
+from findings import draw, text
+from fixmatch import FixMatch
+from method import KINDS, Kind
+from moco import Moco
+from share import shares
+from tqdm import tqdm
+from training import LABELS, Run, append, train
+
+METHODS = {"fixmatch": FixMatch, "byol": Byol, "moco": Moco}
+BENCHMARKS = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study; `setting` names what is changed of the small recipe."""
+
+    setting: str
+    method: str
+    teacher: Kind
+    seed: int
+    labels: int = LABELS[0]
+    changes: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    classes_a_batch: int | None = None
+    after: str | None = None  # the key of the job whose student's backbone it starts from
+
+    @property
+    def key(self) -> str:
+        return f"{self.setting}, {self.labels} labels, {self.teacher}, seed {self.seed}"
+
+
+def short() -> list[Job]:
+    """Some minutes: one seed, and too few steps to tell teachers apart."""
+    brief = {"epochs": 0.5}
+    jobs = [Job("FixMatch", "fixmatch", teacher, 0, changes=brief) for teacher in KINDS]
+    jobs.append(Job("supervised only", "fixmatch", "bn", 0, changes=brief | {"unlabelled_weight": 0.0}))
+    for method, name in (("byol", "BYOL"), ("moco", "MoCo")):
+        jobs += [Job(name, method, teacher, 0, changes={"epochs": 0.4}) for teacher in KINDS]
+    return jobs
+
+
+def full(seeds: int) -> list[Job]:
+    """In the order of their weight, so that a study that is cut short has the main part."""
+    supervised, published = {"unlabelled_weight": 0.0}, {"threshold": 0.7}
+    jobs = []
+
+    def add(setting: str, method: str, labels: int = LABELS[0], kinds: Sequence[Kind] = KINDS, **more: Any) -> None:
+        for seed in range(seeds):
+            after = Job("MoCo", "moco", "eman", seed).key if "MoCo-EMAN" in setting else None
+            jobs.extend(Job(setting, method, kind, seed, labels, after=after, **more) for kind in kinds)
+
+    for labels in LABELS:
+        add("FixMatch", "fixmatch", labels)
+        add("supervised only", "fixmatch", labels, ["bn"], changes=supervised)
+        if labels == LABELS[0]:
+            add("MoCo", "moco")
+            add("BYOL", "byol")
+    add("FixMatch, batches of two classes", "fixmatch", classes_a_batch=2)
+    add("FixMatch from MoCo-EMAN", "fixmatch")
+    add("supervised only from MoCo-EMAN", "fixmatch", kinds=["bn"], changes=supervised)
+    add("FixMatch, threshold 0.7", "fixmatch", changes=published)
+    return jobs
+
+
+def checkpoint_of(key: str, folder: Path) -> Path:
+    return folder / ("".join(c if c.isalnum() else "-" for c in key) + ".pt")
+
+
+_images: Images | None = None
+
+
+def begin(data: str, root: Path) -> None:
+    """In each process of the pool: one thread, and the data once."""
+    global _images
+    torch.set_num_threads(1)
+    _images = load(data, root)
+
+
+def do(job: Job, folder: Path) -> dict[str, Any]:
+    make = METHODS[job.method]
+    run = Run(
+        job.teacher,
+        job.labels,
+        job.seed,
+        job.classes_a_batch,
+        init=checkpoint_of(job.after, folder) if job.after else None,
+        checkpoint=checkpoint_of(job.key, folder),
+    )
+    record = train(make, replace(make.recipes["small"], **job.changes), _images, run)
+    return {"key": job.key, "setting": job.setting} | record
+
+
+def carry_out(jobs: list[Job], results: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All records, those from before included."""
+    records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {record["key"] for record in records}
+    folder = arguments.work
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TQDM_DISABLE"] = "1"  # for the processes of the pool: here is one bar for all
+    bar = tqdm(
+        total=len(jobs), desc="runs", initial=len(jobs) - sum(job.key not in done for job in jobs), disable=False
+    )
+    pool = ProcessPoolExecutor(
+        arguments.jobs, get_context("spawn"), initializer=begin, initargs=(arguments.data, arguments.root)
+    )
+    with pool:
+        # Those that start from another's checkpoint wait for it.
+        for stage in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
+            futures = [pool.submit(do, job, folder) for job in stage if job.key not in done]
+            for future in as_completed(futures):
+                record = future.result()
+                append(results, record)
+                records.append(record)
+                bar.set_postfix_str(record["key"])
+                bar.update()
+    wanted = {job.key for job in jobs}
+    return [record for record in records if record["key"] in wanted]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="some minutes instead of hours: what `make methods` runs")
+    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores, %(default)s)"
+    )
+    parser.add_argument("--data", default="FashionMNIST", help="of torchvision.datasets, or imagefolder")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="where the data is (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/methods"), help="for checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="default: %(default)s")
+    arguments = parser.parse_args()
+    try:
+        images = load(arguments.data, arguments.root)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    stem = arguments.out / ("methods-short" if arguments.short else "methods")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    jobs = short() if arguments.short else full(arguments.seeds)
+    records = carry_out(jobs, stem.with_suffix(".jsonl"), arguments)
+    rows = shares(METHODS.values(), images, rounds=3 if arguments.short else 30)
+    stem.with_suffix(".md").write_text(text(records, rows, stem.name))
+    draw(records, stem.with_suffix(".png"))
+    print(text(records, rows, stem.name))
+    print(f"written: {stem}.jsonl, .md and .png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,708 @@
+"""MoCo, BYOL and FixMatch as published: what teaches, when the teacher follows, and runs that can be repeated."""
+
+import gzip
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+REMEDY = "pip install '.[bench]'"
+for package in ("lightly", "matplotlib", "tabulate", "timm", "torchvision", "tqdm"):
+    pytest.importorskip(package, reason=f"{package} is not installed: {REMEDY}")
+
+from torchvision.datasets import FakeData  # noqa: E402
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path += [str(BENCHMARKS), str(BENCHMARKS / "methods")]
+import byol  # noqa: E402
+import data  # noqa: E402
+import evaluation  # noqa: E402
+import findings  # noqa: E402
+import fixmatch  # noqa: E402
+import method  # noqa: E402
+import moco  # noqa: E402
+import recipes  # noqa: E402
+import share  # noqa: E402
+import study  # noqa: E402
+import training  # noqa: E402
+
+from eman_kernels import EMANTeacher, schedules  # noqa: E402
+
+CPU = torch.device("cpu")
+MAKES = [fixmatch.FixMatch, byol.Byol, moco.Moco]
+by_method = pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
+STEPS = 6
+
+
+class Grey(FakeData):
+    """20 images a class and 10 classes, each class with its own brightness; FakeData draws labels at random."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, (1, 28, 28), num_classes=10)
+        self.targets = [index % 10 for index in range(count)]
+
+    def __getitem__(self, index):
+        image, _ = super().__getitem__(index)
+        label = self.targets[index]
+        return image.convert("L").point(lambda value: value // 8 + 20 * label), label
+
+
+@pytest.fixture(scope="module")
+def images() -> data.Images:
+    return data.of(Grey(400), Grey(100))
+
+
+def small(make, images: data.Images, steps: int = STEPS, **changes):
+    """The small recipe, so short and so small that a run takes a second."""
+    sizes = {"batch": 8, "warmup": 0.0, "calibration": 0}
+    if make is not fixmatch.FixMatch:
+        sizes |= {"hidden": 32, "features": 16}
+    if make is moco.Moco:
+        sizes |= {"queue": 32}
+    recipe = replace(make.recipes["small"], **sizes | changes)
+    return replace(recipe, epochs=steps / make.steps_a_pass(recipe, images, images.labelled(13, 0)))
+
+
+def batch_of(make, recipe, images: data.Images, step: int = 0):
+    loader = make.loader(recipe, images, images.labelled(13, 0), 0, None, steps=range(step, step + 1))
+    return next(iter(loader))
+
+
+# ---------------------------------------------------------------- recipes, data, batches
+
+
+def test_the_recipes_are_the_published_ones():
+    """Cai et al., 2021, sections 4 and 5, and the commands that were published with it."""
+    byol_200, moco_200, moco_800 = recipes.BYOL["imagenet-200"], *(recipes.MOCO[f"imagenet-{n}"] for n in (200, 800))
+    for one in (byol_200, moco_200, moco_800, *(recipes.FIXMATCH[f"imagenet-{n}"] for n in (100, 300))):
+        assert (one.network, one.size, one.crop) == ("resnet50", 224, "resized")
+    common = ("epochs", "batch", "lr", "weight_decay", "optimizer", "momentum", "schedule", "decay", "warmup")
+
+    def values(recipe, *more):
+        return tuple(getattr(recipe, name) for name in common + more)
+
+    expected = (200, 256, 0.03, 1e-4, "sgd", 0.999, "constant", "cosine", 10, 65536, 0.2)
+    assert values(moco_200, "queue", "temperature") == expected
+    assert values(moco_800, "queue", "temperature") == (800, *expected[1:])
+    assert values(byol_200) == (200, 512, 1.8, 1e-6, "lars", 0.98, "cosine", "cosine", 5)
+    expected = (100, 64, 0.03, 1e-4, "sgd", 0.999, "constant", "steps", 5, 5, 10.0, 0.7)
+    assert values(recipes.FIXMATCH["imagenet-100"], "mu", "unlabelled_weight", "threshold") == expected
+    assert values(recipes.FIXMATCH["imagenet-300"])[::7] == (300, "cosine")
+
+
+@by_method
+def test_the_published_network_is_a_resnet50_and_its_teacher_follows_by_one_plan(make, images):
+    made = make(make.recipes["imagenet-200" if make is not fixmatch.FixMatch else "imagenet-100"], images, "eman", 10)
+    assert sum(p.numel() for p in made.student.parameters()) > 23e6
+    made.update_teacher()
+    assert made.teacher.step == 1
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def debian(tmp_path_factory) -> Path:
+    """A root with the files of Debian's package, of 400 and 100 images."""
+    root = tmp_path_factory.mktemp("root")
+    folder = root / data.DEBIAN
+    folder.mkdir(parents=True)
+    for part, count in (("train", 400), ("t10k", 100)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        pictures = np.random.default_rng(0).integers(0, 30, (count, 28, 28), dtype=np.uint8)
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", pictures + 20 * labels[:, None, None])
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
+    return root
+
+
+def test_fashion_mnist_is_read_as_debian_packs_it(debian):
+    images = data.load("FashionMNIST", debian)
+    assert (images.classes, images.channels, len(images.train), len(images.test)) == (10, 1, 400, 100)
+    assert images.train_labels.tolist() == [k % 10 for k in range(400)]
+    image, label = images.train[13]
+    assert label == 3
+    assert 60 <= np.asarray(image).min() <= np.asarray(image).max() < 90
+
+
+def test_what_is_missing_is_said_with_how_to_get_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"apt-get download dataset-fashion-mnist && dpkg-deb -x(?s:.*)download"
+    ):
+        data.load("FashionMNIST", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"torchvision.datasets.CIFAR10\(.*download=True"):
+        data.load("CIFAR10", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"train and .*val not found.*a folder a class"):
+        data.load("imagefolder", tmp_path)
+    with pytest.raises(ValueError, match="no 'MNISTY'"):
+        data.load("MNISTY", tmp_path)
+    script = BENCHMARKS / "methods" / "byol.py"
+    told = subprocess.run([sys.executable, str(script), "--root", str(tmp_path)], capture_output=True, text=True)
+    assert told.returncode == 1
+    assert told.stderr.startswith("Fashion-MNIST is neither in")
+    assert "Traceback" not in told.stderr
+
+
+def test_an_image_folder_is_read(tmp_path, images):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            images.train[0][0].convert("RGB").save(tmp_path / part / name / "0.png")
+    read = data.load("imagefolder", tmp_path)
+    assert (read.classes, read.channels, read.train_labels.tolist()) == (2, 3, [0, 1])
+
+
+def test_labels_are_so_many_of_each_class_drawn_by_the_seed(images):
+    chosen = images.labelled(13, seed=1)
+    assert images.train_labels[chosen].bincount().tolist() == [13] * 10
+    assert len(set(chosen)) == 130
+    assert chosen == images.labelled(13, seed=1) != images.labelled(13, seed=2)
+    with pytest.raises(ValueError, match="class 0 has 40 images, and 41 labels"):
+        images.labelled(41, seed=0)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(40, 8), (40, 7), (5, 12)])
+def test_each_pass_has_each_image_once(count, batch):
+    order = data.Order(range(100, 100 + count), batch, seed=3)
+    stream = [index for step in range(math.ceil(3 * count / batch)) for index in order.at(step)]
+    passes = [stream[k : k + count] for k in (0, count, 2 * count)]
+    assert all(sorted(one) == list(range(100, 100 + count)) for one in passes)
+    assert passes[0] != passes[1]
+    assert all(len(order.at(step)) == batch for step in range(5))
+
+
+def test_batches_of_few_classes(images):
+    order = data.Order(range(50, 400), 30, 0, images.train_labels, classes_a_batch=2)
+    drawn = [order.at(step) for step in range(20)]
+    assert all(len(images.train_labels[one].unique()) == 2 and min(one) >= 50 for one in drawn)
+    assert len({tuple(images.train_labels[one].unique().tolist()) for one in drawn}) > 10
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_batch_is_the_same_whoever_makes_it_and_divided_among_the_processes(images):
+    recipe = small(byol.Byol, images, batch=6)
+    made = {}
+    for name, options in {"all": {}, "late": {"steps": range(2, 3)}, "workers": {"workers": 2}}.items():
+        options = {"steps": range(3)} | options
+        made[name] = list(byol.Byol.loader(recipe, images, [], 5, None, **options))[-1]
+    (first, second), labels = made["all"]
+    for name in ("late", "workers"):
+        assert torch.equal(made[name][0][0], first)
+        assert torch.equal(made[name][0][1], second)
+    assert not torch.equal(first, second)
+    order = data.Order(range(400), 6, 5)
+    assert labels.tolist() == images.train_labels[order.at(2)].tolist()
+    split = [byol.Byol.loader(recipe, images, [], 5, None, steps=range(2, 3), rank=rank, world=2) for rank in (0, 1)]
+    shares = [next(iter(loader)) for loader in split]
+    assert [share[1].tolist() for share in shares] == [labels[0::2].tolist(), labels[1::2].tolist()]
+
+
+def test_fixmatch_takes_labels_of_the_labelled_only(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fixmatch, "batches", lambda images, transform, order, **process: seen.append(order) or [])
+    recipe, labelled = small(fixmatch.FixMatch, images), images.labelled(13, 0)
+    list(fixmatch.FixMatch.loader(recipe, images, labelled, 0, 2, steps=range(1)))
+    with_label, without = seen
+    assert (set(with_label.indices), with_label.batch) == (set(labelled), 8)
+    assert (set(without.indices), without.batch) == (set(range(400)) - set(labelled), 40)
+    assert without.classes_a_batch == 2
+
+
+# ---------------------------------------------------------------- the teachers
+
+
+@by_method
+def test_what_the_eman_teacher_says_of_an_image_does_not_depend_on_the_rest_of_its_batch(make, images):
+    recipe = small(make, images)
+    pictures = torch.randn(8, 1, 28, 28)
+    others = torch.cat([pictures[:1], 3 * torch.randn(7, 1, 28, 28) + 1])
+    for kind, independent in (("eman", True), ("ema-bn", False)):
+        made = make(recipe, images, kind, STEPS).train()
+        made.student(pictures)
+        made.update_teacher()
+        one, other = made.teacher(pictures)[0], made.teacher(others)[0]
+        apart = float((one - other).abs().max() / one.abs().max())
+        assert (apart < 1e-5) if independent else (apart > 0.05), kind
+
+
+@by_method
+def test_the_averaged_statistics_have_their_closed_form(make, images):
+    """After k steps: prod(m) x_0 + sum of (1 - m_i) prod(m_j, j > i) x_i, in float64, of the student's statistics."""
+    recipe = small(make, images, momentum=0.9, schedule="warm-up")
+    made = make(recipe, images, "eman", STEPS).train()
+    student, teacher = made.student, made.teacher
+    names = [name for name, _ in student.named_buffers() if "running" in name]
+    assert len(names) >= 24
+    seen = [{name: tensor.double().clone() for name, tensor in student.named_buffers()}]
+    momenta = []
+
+    def after_the_update():
+        seen.append({name: tensor.double().clone() for name, tensor in student.named_buffers()})
+        momenta.append(teacher.momentum(teacher.step - 1))
+
+    update = made.update_teacher
+    made.update_teacher = lambda: (update(), after_the_update())
+    optimizer = training.make_optimizer(recipe, made)
+    for step in range(STEPS):
+        loss, _ = made(batch_of(make, recipe, images, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        made.after_the_step()
+    weights = [math.prod(momenta)]
+    weights += [(1 - m) * math.prod(momenta[i + 1 :]) for i, m in enumerate(momenta)]
+    assert len(weights) == STEPS + 1
+    assert sum(weights) == pytest.approx(1)
+    for name, tensor in teacher.module.named_buffers():
+        if name in names:
+            expected = sum(w * x[name] for w, x in zip(weights, seen, strict=True))
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(tensor, dict(student.named_buffers())[name])
+
+
+@by_method
+def test_the_batchnorm_teachers_statistics_are_of_its_own_batches(make, images):
+    made = make(small(make, images), images, "ema-bn", STEPS).train()
+    before = {name: tensor.clone() for name, tensor in made.teacher.module.named_buffers()}
+    made.student(torch.randn(8, 1, 28, 28))
+    made.update_teacher()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.teacher.module.named_buffers())
+    made.teacher(torch.randn(8, 1, 28, 28))
+    assert not any(
+        torch.equal(tensor, before[name]) for name, tensor in made.teacher.module.named_buffers() if "running" in name
+    )
+
+
+EVENTS = {
+    ("FixMatch", "eman"): ["student 48", "teacher 40", "optimizer", "update"],
+    ("FixMatch", "ema-bn"): ["student 48", "teacher 40", "optimizer", "update"],
+    ("FixMatch", "bn"): ["student 88", "optimizer", "update"],
+    ("Byol", "eman"): ["student 8", "student 8", "teacher 8", "teacher 8", "optimizer", "update"],
+    ("Byol", "ema-bn"): ["student 8", "student 8", "teacher 8", "teacher 8", "optimizer", "update"],
+    ("Byol", "bn"): ["student 8", "student 8", "optimizer", "update"],
+    ("Moco", "eman"): ["student 8", "update", "teacher 8", "optimizer"],
+    ("Moco", "ema-bn"): ["student 8", "update", "shuffle", "teacher 8", "optimizer"],
+    ("Moco", "bn"): ["student 8", "update", "shuffle", "student 8", "optimizer"],
+}
+
+
+@pytest.mark.parametrize("kind", method.KINDS)
+@by_method
+def test_the_order_of_events_is_the_published_one(make, kind, images, monkeypatch):
+    events = []
+
+    class Spied(make):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for who in ("student", "teacher"):
+                if net := getattr(self, who):
+                    net.register_forward_pre_hook(lambda _, x, who=who: events.append(f"{who} {len(x[0])}"))
+
+        def update_teacher(self):
+            events.append("update")
+            super().update_teacher()
+
+    shuffle = moco.batch_shuffle
+    monkeypatch.setattr(moco, "batch_shuffle", lambda *of: events.append("shuffle") or shuffle(*of))
+    make_optimizer = training.make_optimizer
+    monkeypatch.setattr(training, "make_optimizer", lambda *of: spy_on(make_optimizer(*of), events))
+    monkeypatch.setattr(training, "Evaluation", lambda *of: lambda *of, final: {})
+    training.train(Spied, small(make, images, steps=2), images, training.Run(kind, evaluations=1))
+    assert events == 2 * EVENTS[make.__name__, kind]
+
+
+def spy_on(optimizer, events):
+    optimizer.register_step_post_hook(lambda *_: events.append("optimizer"))
+    return optimizer
+
+
+def test_byols_predictor_is_not_averaged_and_its_momentum_rises_to_one(images):
+    recipe = small(byol.Byol, images)
+    made = byol.Byol(recipe, images, "eman", 10)
+    assert made.teacher.momentum == schedules.Cosine(0.98, 10)
+    assert made.teacher.momentum(0) == pytest.approx(0.98)
+    assert made.teacher.momentum(10) == 1
+    followed = {name.removeprefix("module.") for name in made.teacher.state_dict() if "extra_state" not in name}
+    assert followed == set(made.student.state_dict())
+    learned = {id(p) for group in training.make_optimizer(recipe, made).param_groups for p in group["params"]}
+    assert learned == {id(p) for p in [*made.student.parameters(), *made.predictor.parameters()]}
+
+
+def test_lars_leaves_batchnorm_and_biases_alone(images):
+    recipe = small(byol.Byol, images)
+    made = byol.Byol(recipe, images, "eman", 10)
+    groups = training.make_optimizer(recipe, made).param_groups
+    left = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    norms = [
+        m
+        for net in (made.student, made.predictor)
+        for m in net.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    expected = {id(p) for norm in norms for p in norm.parameters()}
+    expected |= {
+        id(p) for net in (made.student, made.predictor) for n, p in net.named_parameters() if n.endswith("bias")
+    }
+    assert left == expected
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def test_fixmatchs_loss_and_its_metrics(images):
+    """From the logits, element by element."""
+    recipe = small(fixmatch.FixMatch, images, threshold=0.15)
+    made = fixmatch.FixMatch(recipe, images, "eman", STEPS).train()
+    with torch.no_grad():
+        made.student.fc.weight.mul_(20)
+        made.teacher.module.fc.weight.mul_(20)
+    ((labelled, labels), ((weak, strong), truth)) = batch = batch_of(fixmatch.FixMatch, recipe, images)
+    truth[:10] = -1  # of images whose labels nobody knows
+    logits = made.student(torch.cat([labelled, strong])).detach().double().log_softmax(1)
+    judged = made.teacher(weak).double().softmax(1)
+    expected = sum(-logits[i, labels[i]] for i in range(8)) / 8
+    used, right, known = 0, 0, 0
+    for i in range(40):
+        if judged[i].max() >= 0.15:
+            used += 1
+            known += i >= 10
+            right += bool(judged[i].argmax() == truth[i])
+            expected += recipe.unlabelled_weight * -logits[8 + i, judged[i].argmax()] / 40
+    assert 0 < known < used < 40
+    loss, metrics = made(batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert {name: (int(a), int(b)) for name, (a, b) in metrics.items()} == {
+        "mask_rate": (used, 40),
+        "precision": (right, known),
+    }
+
+
+def test_without_unlabelled_weight_fixmatch_is_supervised(images):
+    recipe = small(fixmatch.FixMatch, images, unlabelled_weight=0.0)
+    made = fixmatch.FixMatch(recipe, images, "bn", STEPS).train()
+    (pictures, labels), nothing = batch = batch_of(fixmatch.FixMatch, recipe, images)
+    assert nothing is None
+    loss, metrics = made(batch)
+    assert not metrics
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(made.student(pictures), labels).item(), rel=1e-4)
+
+
+def test_byols_loss_is_the_squared_distance_of_unit_vectors(images):
+    made = byol.Byol(small(byol.Byol, images), images, "eman", STEPS).train()
+    (first, second), _ = batch = batch_of(byol.Byol, small(byol.Byol, images), images)
+
+    def unit(x):
+        return x / x.norm(dim=1, keepdim=True)
+
+    targets = [unit(made.teacher(view)) for view in (first, second)]
+    loss, _ = made(batch)
+    predicted = [unit(made.predictor(made.student(view))) for view in (first, second)]
+    apart = (predicted[0] - targets[1]).square().sum(1) + (predicted[1] - targets[0]).square().sum(1)
+    assert loss.item() == pytest.approx(apart.mean().item(), rel=1e-4)
+
+
+def test_mocos_keys_enter_the_queue_after_they_were_told_apart_from_it(images):
+    recipe = small(moco.Moco, images)
+    made = moco.Moco(recipe, images, "eman", STEPS).train()
+    queue = made.loss.memory_bank.bank.clone()
+    (query, key), _ = batch = batch_of(moco.Moco, recipe, images)
+    loss, _ = made(batch)
+    keys = nn.functional.normalize(made.teacher(key))
+    queries = nn.functional.normalize(made.student(query))
+    logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ queue.T], 1) / recipe.temperature
+    assert loss.item() == pytest.approx(-logits.log_softmax(1)[:, 0].mean().item(), rel=1e-4)
+    torch.testing.assert_close(made.loss.memory_bank.bank[:8], keys)
+    assert torch.equal(made.loss.memory_bank.bank[8:], queue[8:])
+
+
+def test_the_learning_rate_rises_and_falls():
+    recipe = recipes.FixMatchRecipe(warmup=2, decay="steps")
+    at = [training.learning_rate(recipe, step, 100, 10.0) for step in range(100)]
+    assert at[0] == pytest.approx(1 / 20)
+    assert at[19:60] == [1.0] * 41
+    assert at[60:] == pytest.approx([0.1] * 20 + [0.01] * 20)
+    recipe = replace(recipe, decay="cosine", warmup=0)
+    at = [training.learning_rate(recipe, step, 100, 10.0) for step in range(101)]
+    assert at[::25] == pytest.approx([1, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4, 0])
+
+
+# ---------------------------------------------------------------- runs
+
+
+@by_method
+def test_a_run_that_was_interrupted_gives_the_same_numbers(make, images, tmp_path):
+    recipe = small(make, images)
+
+    def run(path: Path, kind: str = "ema-bn") -> training.Run:
+        return training.Run(kind, seed=3, evaluations=3, checkpoint=path)
+
+    class Broken(make):
+        def after_the_step(self):
+            super().after_the_step()
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == STEPS - 1:
+                raise KeyboardInterrupt
+
+    Broken.__name__ = make.__name__
+    whole = training.train(make, recipe, images, run(tmp_path / "whole.pt"))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(Broken, recipe, images, run(tmp_path / "cut.pt"))
+    assert torch.load(tmp_path / "cut.pt")["step"] == 4
+    resumed = training.train(make, recipe, images, run(tmp_path / "cut.pt"))
+    assert resumed["curve"] == whole["curve"]
+    assert [point["step"] for point in whole["curve"]] == [2, 4, 6]
+    ends = [torch.load(tmp_path / f"{name}.pt")["method"] for name in ("whole", "cut")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(ValueError, match="checkpoint of another run: teacher was ema-bn"):
+        training.train(make, recipe, images, run(tmp_path / "cut.pt", "eman"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(images):
+    with pytest.raises(FloatingPointError, match="in the steps before 3: lower --lr"):
+        training.train(
+            fixmatch.FixMatch, small(fixmatch.FixMatch, images, lr=1e30), images, training.Run("bn", evaluations=2)
+        )
+
+
+def test_a_run_starts_from_anothers_backbone(images, tmp_path):
+    path = tmp_path / "moco.pt"
+    training.train(moco.Moco, small(moco.Moco, images), images, training.Run("eman", checkpoint=path, evaluations=1))
+    trained = torch.load(path)["method"]
+    made = fixmatch.FixMatch(small(fixmatch.FixMatch, images), images, "eman", 10)
+    classifier = made.student.fc.weight.clone()
+    training.start_from(path, made)
+    for net in (made.student, made.teacher.module):
+        for name, tensor in net.state_dict().items():
+            assert torch.equal(tensor, classifier if name == "fc.weight" else trained.get(f"student.0.{name}", tensor))
+    assert sum(name.removeprefix("student.0.") in made.student.state_dict() for name in trained) > 80
+    other = replace(small(fixmatch.FixMatch, images), network="resnet18")
+    with pytest.raises(ValueError, match="it is of another network"):
+        training.start_from(path, fixmatch.FixMatch(other, images, "eman", 10))
+
+
+TWO = """
+import json, sys, torch
+sys.path += sys.argv[1:3]
+import test_methods as t
+torch.set_num_threads(1)
+images = t.data.of(t.Grey(400), t.Grey(100))
+with t.training.processes() as process:
+    for make in t.MAKES:
+        for kind in ("eman", "ema-bn"):
+            kept = []
+            class Kept(make):
+                def __init__(self, *of):
+                    super().__init__(*of)
+                    kept.append(self)
+            record = t.training.train(Kept, t.small(make, images), images, t.training.Run(kind, evaluations=1), process)
+            name = f"{make.__name__}-{kind}-{process.rank}.pt"
+            torch.save((json.dumps(record), dict(kept[0].state_dict())), f"{sys.argv[3]}/{name}")
+    try:
+        t.training.train(make, t.small(make, images, batch=7), images, t.training.Run("eman"), process)
+    except ValueError as error:
+        assert "a batch of 7 cannot be divided among 2 processes" in str(error)
+    else:
+        raise AssertionError
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """Where two processes have left what they trained."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two.py").write_text(TWO)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        folder / "two.py",
+    ]
+    paths = [Path(__file__).parent, BENCHMARKS / "methods", folder]
+    told = subprocess.run(
+        [*map(str, command), *map(str, paths)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert told.returncode == 0, told.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["eman", "ema-bn"])
+@by_method
+def test_two_processes_train_one_student(make, kind, images, two_processes):
+    (first, mine), (second, theirs) = (torch.load(two_processes / f"{make.__name__}-{kind}-{r}.pt") for r in (0, 1))
+    first, second = json.loads(first), json.loads(second)
+    assert first["world"] == second["world"] == 2
+    assert math.isfinite(first["results"]["loss"])
+    assert first["steps"] == STEPS
+    assert not second["curve"]  # the first evaluates
+    learned = [name for name in mine if "running" not in name and "num_batches" not in name]
+    assert any("teacher" in name for name in learned)
+    assert all(torch.equal(mine[name], theirs[name]) for name in learned)
+    if make is moco.Moco:
+        queue = mine["loss.memory_bank.bank"]
+        assert "loss.memory_bank.bank" in learned
+        assert len(queue.unique(dim=0)) == len(queue) == 32  # both processes' keys, each once
+    # Each process has seen its own half: only then do their own last statistics differ.
+    running = [name for name in mine if name.startswith("student") and "running_mean" in name]
+    assert not all(torch.equal(mine[name], theirs[name]) for name in running)
+    alone = training.train(make, small(make, images), images, training.Run(kind, evaluations=1))
+    assert alone["world"] == 1
+
+
+def test_the_command_line_makes_a_run_and_a_record(debian, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "methods" / "fixmatch.py"), "--root", str(debian), "--out", str(out)]
+    command += ["--batch", "4", "--epochs", "0.1", "--threshold", "0.05", "--evaluations", "2", "--teacher", "ema-bn"]
+    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert told.returncode == 0, told.stderr
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record["recipe"] == asdict(replace(recipes.FIXMATCH["small"], batch=4, epochs=0.1, threshold=0.05))
+    assert (record["method"], record["teacher"], record["labels"], record["seed"]) == ("fixmatch", "ema-bn", 13, 0)
+    assert record["steps"] == round(0.1 * (400 - 130) / 20)
+    assert record["results"] == json.loads(told.stdout)
+    wanted = {
+        "loss",
+        "mask_rate",
+        "precision",
+        "student_accuracy",
+        "teacher_accuracy",
+        "weights_apart",
+        "statistics_apart",
+    }
+    assert set(record["results"]) == wanted
+    assert {"cpu", "torch", "date", "eman_kernels", "lightly"} <= set(record)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_the_probe_and_the_neighbours_on_what_can_be_told_apart():
+    centres = 4 * torch.randn(10, 32)
+    labels = torch.arange(300) % 10
+    bank, test = (centres[labels] + torch.randn(300, 32) for _ in range(2))
+    shuffled = labels[torch.randperm(300)]
+    for score in (evaluation.linear_probe, evaluation.nearest_neighbours):
+        assert score(bank, labels, test, labels, 10) == 100
+        assert score(bank, labels, test, shuffled, 10) < 30
+        assert score(bank, shuffled, test, labels, 10) < 40
+
+
+def test_the_probe_is_at_the_optimum_of_its_loss():
+    """Two points of one dimension, standardised to -a and a: for weights -w and w, 2a sigmoid(-2aw) = w."""
+    bank, labels = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+    seen = []
+    original = torch.optim.LBFGS.step
+
+    def spy(self, closure):
+        original(self, closure)
+        seen.extend(p.detach().clone() for group in self.param_groups for p in group["params"])
+
+    torch.optim.LBFGS.step, kept = spy, torch.optim.LBFGS.step
+    try:
+        evaluation.linear_probe(bank, labels, bank, labels, 2)
+    finally:
+        torch.optim.LBFGS.step = kept
+    weight, bias = seen
+    a = 1 / math.sqrt(2)
+    w = weight[1].item()
+    assert weight[0].item() == pytest.approx(-w, abs=1e-4)
+    assert bias.abs().max().item() < 1e-4
+    assert 2 * a / (1 + math.exp(2 * a * w)) == pytest.approx(w, abs=1e-3)
+
+
+def test_how_far_a_teacher_is(images):
+    student = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+    teacher = EMANTeacher(student)
+    with torch.no_grad():
+        for parameter in teacher.module.parameters():
+            parameter.mul_(1.5)
+        teacher.module[1].running_var.fill_(4)
+    apart = evaluation.distance(teacher, student)
+    assert apart["weights_apart"] == pytest.approx(0.5)
+    assert apart["statistics_apart"] == pytest.approx(3)  # |4 - 1| of 4 variances, over |1| of 4 (the means are 0)
+
+
+def test_evaluation_is_in_eval_mode_and_leaves_the_modes_as_they_were(images):
+    made = fixmatch.FixMatch(small(fixmatch.FixMatch, images), images, "ema-bn", 5).train()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items() if tensor.dim()}
+    judge = training.Evaluation(small(fixmatch.FixMatch, images), images, training.Run("ema-bn"), CPU)
+    found = judge(made, images.labelled(13, 0), final=True)
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
+    assert made.student.training
+    assert made.teacher.module.training
+    with torch.no_grad():
+        test = data.in_order(images.test, judge.transform, range(100))
+        (pictures, labels), *_ = test
+        expected = 100 * (made.student.eval()(pictures).argmax(1) == labels).float().mean().item()
+    assert found["student_accuracy"] == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the study
+
+
+def test_the_study_has_every_teacher_and_five_seeds_and_pairs_them():
+    jobs = study.full(5)
+    assert len({job.key for job in jobs}) == len(jobs)
+    for setting, labels in {(job.setting, job.labels) for job in jobs}:
+        found = [job for job in jobs if (job.setting, job.labels) == (setting, labels)]
+        kinds = {job.teacher for job in found}
+        assert kinds == ({"bn"} if "supervised" in setting else set(method.KINDS))
+        assert all(sorted(job.seed for job in found if job.teacher == kind) == [0, 1, 2, 3, 4] for kind in kinds)
+    assert {(job.method, job.labels) for job in jobs} >= {("fixmatch", 13), ("fixmatch", 128)}
+    keys = {job.key for job in jobs}
+    assert all(job.after in keys for job in jobs if job.after)
+
+
+def record(setting="FixMatch", teacher="eman", seed=0, accuracy=70.0, method="fixmatch", **more):
+    results = {"student_accuracy": accuracy, "precision": 0.5, "mask_rate": 0.25}
+    found = {"key": f"{setting}{teacher}{seed}", "setting": setting, "teacher": teacher, "seed": seed, "labels": 13}
+    found |= {"method": method, "results": results, "curve": [{"step": 10, **results}], "seconds": 1.0}
+    return found | {"data": "fake", "device": "cpu", "cpu": "a cpu", "torch": "2", "date": "today"} | more
+
+
+def test_the_table_has_means_deviations_and_paired_differences(tmp_path):
+    records = [record(seed=seed, accuracy=70 + 2 * seed) for seed in (0, 1)]
+    records += [record(seed=seed, accuracy=60 + 4 * seed, teacher="bn") for seed in (1, 0)]
+    records += [record("supervised only", "bn", accuracy=50.0)]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in findings.table(records, "fixmatch").splitlines()
+    ]
+    assert ["FixMatch", "13", "eman", "2", "71.0 ± 1.4", "", "50.0 ± 0.0", "25.0 ± 0.0", ""] in lines
+    assert ["FixMatch", "13", "bn", "2", "62.0 ± 2.8", "", "50.0 ± 0.0", "25.0 ± 0.0", "9.0 ± 1.4"] in lines
+    assert ["supervised only", "13", "", "1", "50.0", "", "50.0", "25.0", ""] in lines
+    findings.draw(records, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "63.0" in findings.summary(records)
+
+
+def test_the_shares_are_measured_beside_the_published_loop(images):
+    rows = share.shares([fixmatch.FixMatch], images, rounds=2)
+    assert [row["method"] for row in rows] == [share.LOOP, share.OURS]
+    for row in rows:
+        assert 0 < row["median_ms"] < row["step_ms"]
+        assert row["median_percent"] == pytest.approx(100 * row["median_ms"] / row["step_ms"], rel=0.5)
+    ways = [share.Timed(fixmatch.FixMatch, images, loop, CPU, 3) for loop in (True, False)]
+    batch = batch_of(fixmatch.FixMatch, fixmatch.FixMatch.recipes["small"], images)
+    for way in ways:
+        way.step(batch)
+        assert any(
+            not torch.equal(t, s)
+            for t, s in zip(way.method.teacher.module.parameters(), way.method.student.parameters(), strict=True)
+        )

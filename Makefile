@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench report lint clean
+.PHONY: test bench report methods lint clean
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -13,6 +13,9 @@ bench: .venv/.installed
 
 report: .venv/.installed
 	$(BIN)/python benchmarks/report.py $(REPORT_ARGS)
+
+methods: .venv/.installed
+	$(BIN)/python benchmarks/methods/study.py --short $(METHODS_ARGS)
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

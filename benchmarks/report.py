@@ -18,6 +18,7 @@ from peers import peers
 from pictures import draw
 from step import training_steps
 from tables import (
+    embed,
     groups,
     growth_table,
     instructions_table,
@@ -35,7 +36,6 @@ from updates import Method, by_hand, by_us
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- written by make report -->\n", "<!-- end of make report -->\n"
 
 
 def methods_for(device: torch.device, dtype: str) -> dict[str, Method | str]:
@@ -142,11 +142,6 @@ def block(rows: list[dict], stem: str) -> str:
     return "\n\n".join([head, summary(rows, "float32").rstrip(), *figures, step_table(rows).rstrip(), around]) + "\n"
 
 
-def embed(readme: str, new: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + new + END + rest.split(END)[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a minute, and no figure to be believed")
@@ -163,7 +158,7 @@ def main() -> None:
     pictures = draw(rows, stem)
     stem.with_suffix(".md").write_text(text(rows, pictures))
     if device.type == "cpu" and not arguments.quick and arguments.out == HERE / "results":
-        README.write_text(embed(README.read_text(), block(rows, stem.name)))
+        README.write_text(embed(README.read_text(), "make report", block(rows, stem.name)))
     print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
 
 

@@ -127,6 +127,13 @@ def growth_table(rows: list[dict], kind: str) -> str:
     return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
 
 
+def embed(page: str, by: str, new: str) -> str:
+    """The page with this between its two comments that say who writes there."""
+    begin, end = f"<!-- written by {by} -->\n", f"<!-- end of {by} -->\n"
+    before, rest = page.split(begin)
+    return before + begin + new + end + rest.split(end)[1]
+
+
 def step_table(rows: list[dict]) -> str:
     lines = []
     for row in of_kind(rows, "step"):

@@ -348,7 +348,7 @@ def test_the_readme_shows_the_newest_report():
     newest = max((BENCHMARKS / "results").glob("cpu-*.json"))
     rows = json.loads(newest.read_text())
     readme = (BENCHMARKS.parent / "README.md").read_text()
-    assert readme == report.embed(readme, report.block(rows, newest.stem))
+    assert readme == tables.embed(readme, "make report", report.block(rows, newest.stem))
     for name in ("float32", "growth"):
         assert newest.with_name(f"{newest.stem}-{name}.png").exists()
 

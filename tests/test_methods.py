@@ -24,10 +24,10 @@ from torchvision.datasets import FakeData  # noqa: E402
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path += [str(BENCHMARKS), str(BENCHMARKS / "methods")]
 import byol  # noqa: E402
-import data  # noqa: E402
 import evaluation  # noqa: E402
 import findings  # noqa: E402
 import fixmatch  # noqa: E402
+import image_data  # noqa: E402
 import method  # noqa: E402
 import moco  # noqa: E402
 import recipes  # noqa: E402
@@ -57,11 +57,11 @@ class Grey(FakeData):
 
 
 @pytest.fixture(scope="module")
-def images() -> data.Images:
-    return data.of(Grey(400), Grey(100))
+def images() -> image_data.Images:
+    return image_data.of("Grey", Grey(400), Grey(100))
 
 
-def small(make, images: data.Images, steps: int = STEPS, **changes):
+def small(make, images: image_data.Images, steps: int = STEPS, **changes):
     """The small recipe, so short and so small that a run takes a second."""
     sizes = {"batch": 8, "warmup": 0.0, "calibration": 0}
     if make is not fixmatch.FixMatch:
@@ -72,7 +72,7 @@ def small(make, images: data.Images, steps: int = STEPS, **changes):
     return replace(recipe, epochs=steps / make.steps_a_pass(recipe, images, images.labelled(13, 0)))
 
 
-def batch_of(make, recipe, images: data.Images, step: int = 0):
+def batch_of(make, recipe, images: image_data.Images, step: int = 0):
     loader = make.loader(recipe, images, images.labelled(13, 0), 0, None, steps=range(step, step + 1))
     return next(iter(loader))
 
@@ -116,7 +116,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 def debian(tmp_path_factory) -> Path:
     """A root with the files of Debian's package, of 400 and 100 images."""
     root = tmp_path_factory.mktemp("root")
-    folder = root / data.DEBIAN
+    folder = root / image_data.DEBIAN
     folder.mkdir(parents=True)
     for part, count in (("train", 400), ("t10k", 100)):
         labels = (np.arange(count) % 10).astype(np.uint8)
@@ -127,7 +127,7 @@ def debian(tmp_path_factory) -> Path:
 
 
 def test_fashion_mnist_is_read_as_debian_packs_it(debian):
-    images = data.load("FashionMNIST", debian)
+    images = image_data.load("FashionMNIST", debian)
     assert (images.classes, images.channels, len(images.train), len(images.test)) == (10, 1, 400, 100)
     assert images.train_labels.tolist() == [k % 10 for k in range(400)]
     image, label = images.train[13]
@@ -139,13 +139,13 @@ def test_what_is_missing_is_said_with_how_to_get_it(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"apt-get download dataset-fashion-mnist && dpkg-deb -x(?s:.*)download"
     ):
-        data.load("FashionMNIST", tmp_path)
+        image_data.load("FashionMNIST", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"torchvision.datasets.CIFAR10\(.*download=True"):
-        data.load("CIFAR10", tmp_path)
+        image_data.load("CIFAR10", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"train and .*val not found.*a folder a class"):
-        data.load("imagefolder", tmp_path)
+        image_data.load("imagefolder", tmp_path)
     with pytest.raises(ValueError, match="no 'MNISTY'"):
-        data.load("MNISTY", tmp_path)
+        image_data.load("MNISTY", tmp_path)
     script = BENCHMARKS / "methods" / "byol.py"
     told = subprocess.run([sys.executable, str(script), "--root", str(tmp_path)], capture_output=True, text=True)
     assert told.returncode == 1
@@ -158,7 +158,7 @@ def test_an_image_folder_is_read(tmp_path, images):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)
             images.train[0][0].convert("RGB").save(tmp_path / part / name / "0.png")
-    read = data.load("imagefolder", tmp_path)
+    read = image_data.load("imagefolder", tmp_path)
     assert (read.classes, read.channels, read.train_labels.tolist()) == (2, 3, [0, 1])
 
 
@@ -173,7 +173,7 @@ def test_labels_are_so_many_of_each_class_drawn_by_the_seed(images):
 
 @pytest.mark.parametrize(("count", "batch"), [(40, 8), (40, 7), (5, 12)])
 def test_each_pass_has_each_image_once(count, batch):
-    order = data.Order(range(100, 100 + count), batch, seed=3)
+    order = image_data.Order(range(100, 100 + count), batch, seed=3)
     stream = [index for step in range(math.ceil(3 * count / batch)) for index in order.at(step)]
     passes = [stream[k : k + count] for k in (0, count, 2 * count)]
     assert all(sorted(one) == list(range(100, 100 + count)) for one in passes)
@@ -182,7 +182,7 @@ def test_each_pass_has_each_image_once(count, batch):
 
 
 def test_batches_of_few_classes(images):
-    order = data.Order(range(50, 400), 30, 0, images.train_labels, classes_a_batch=2)
+    order = image_data.Order(range(50, 400), 30, 0, images.train_labels, classes_a_batch=2)
     drawn = [order.at(step) for step in range(20)]
     assert all(len(images.train_labels[one].unique()) == 2 and min(one) >= 50 for one in drawn)
     assert len({tuple(images.train_labels[one].unique().tolist()) for one in drawn}) > 10
@@ -200,7 +200,7 @@ def test_a_batch_is_the_same_whoever_makes_it_and_divided_among_the_processes(im
         assert torch.equal(made[name][0][0], first)
         assert torch.equal(made[name][0][1], second)
     assert not torch.equal(first, second)
-    order = data.Order(range(400), 6, 5)
+    order = image_data.Order(range(400), 6, 5)
     assert labels.tolist() == images.train_labels[order.at(2)].tolist()
     split = [byol.Byol.loader(recipe, images, [], 5, None, steps=range(2, 3), rank=rank, world=2) for rank in (0, 1)]
     shares = [next(iter(loader)) for loader in split]
@@ -469,6 +469,25 @@ def test_a_run_that_was_interrupted_gives_the_same_numbers(make, images, tmp_pat
         training.train(make, recipe, images, run(tmp_path / "cut.pt", "eman"))
 
 
+@pytest.mark.parametrize("kind", method.KINDS)
+@by_method
+def test_calibration_moves_the_statistics_and_nothing_else(make, kind, images):
+    recipe = small(make, images)
+    made = make(recipe, images, kind, STEPS).train()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items() if "extra_state" not in name}
+    loader = make.loader(recipe, images, images.labelled(13, 0), 0, None, steps=range(-4, 0))
+    training.calibrate(made, loader)
+    for name, tensor in made.state_dict().items():
+        if "running" in name or "num_batches" in name:
+            assert not torch.equal(tensor, before[name]), name
+        elif "extra_state" not in name:
+            assert torch.equal(tensor, before[name]), name
+    if made.teacher is not None:
+        assert made.teacher.step == 0
+        student = made.student.state_dict()
+        assert all(torch.equal(tensor, student[name]) for name, tensor in made.teacher.module.state_dict().items())
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(images):
     with pytest.raises(FloatingPointError, match="in the steps before 3: lower --lr"):
         training.train(
@@ -497,7 +516,7 @@ import json, sys, torch
 sys.path += sys.argv[1:3]
 import test_methods as t
 torch.set_num_threads(1)
-images = t.data.of(t.Grey(400), t.Grey(100))
+images = t.image_data.of("Grey", t.Grey(400), t.Grey(100))
 with t.training.processes() as process:
     for make in t.MAKES:
         for kind in ("eman", "ema-bn"):
@@ -643,12 +662,12 @@ def test_evaluation_is_in_eval_mode_and_leaves_the_modes_as_they_were(images):
     made = fixmatch.FixMatch(small(fixmatch.FixMatch, images), images, "ema-bn", 5).train()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items() if tensor.dim()}
     judge = training.Evaluation(small(fixmatch.FixMatch, images), images, training.Run("ema-bn"), CPU)
-    found = judge(made, images.labelled(13, 0), final=True)
+    found = judge(made, final=True)
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
     assert made.student.training
     assert made.teacher.module.training
     with torch.no_grad():
-        test = data.in_order(images.test, judge.transform, range(100))
+        test = image_data.in_order(images.test, judge.transform, range(100))
         (pictures, labels), *_ = test
         expected = 100 * (made.student.eval()(pictures).argmax(1) == labels).float().mean().item()
     assert found["student_accuracy"] == pytest.approx(expected)
@@ -668,6 +687,31 @@ def test_the_study_has_every_teacher_and_five_seeds_and_pairs_them():
     assert {(job.method, job.labels) for job in jobs} >= {("fixmatch", 13), ("fixmatch", 128)}
     keys = {job.key for job in jobs}
     assert all(job.after in keys for job in jobs if job.after)
+
+
+def test_a_study_is_made_once_and_says_what_it_found(debian, tmp_path, monkeypatch, capsys):
+    brief = {"epochs": 0.1, "batch": 2, "calibration": 0}
+    first = study.Job("MoCo", "moco", "eman", 0, changes=brief | {"queue": 8})
+    jobs = [first, study.Job("FixMatch from MoCo-EMAN", "fixmatch", "eman", 0, changes=brief, after=first.key)]
+    monkeypatch.setattr(study, "short", lambda: jobs)
+    monkeypatch.setattr(study, "shares", lambda *of, rounds: share.shares([fixmatch.FixMatch], of[1], 2))
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # which a study sets
+    folders = ["--root", str(debian), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--short", "--jobs", "1", *folders])
+    study.main()
+    lines = (tmp_path / "out" / "methods-short.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [one["key"] for one in records] == [job.key for job in jobs]
+    assert records[1]["init"] == str(study.checkpoint_of(first.key, tmp_path / "work"))
+    assert records[0]["threads"] == 1
+    printed = capsys.readouterr().out
+    assert "| FixMatch from MoCo-EMAN" in printed
+    assert "FixMatch, published EMAN loop" in printed
+    assert (tmp_path / "out" / "methods-short.png").exists()
+    monkeypatch.setattr(study, "do", None)  # nothing is run again
+    study.main()
+    assert (tmp_path / "out" / "methods-short.jsonl").read_text().splitlines() == lines
+    assert capsys.readouterr().out == printed
 
 
 def record(setting="FixMatch", teacher="eman", seed=0, accuracy=70.0, method="fixmatch", **more):

@@ -4,7 +4,7 @@ Grill et al., "Bootstrap your own latent", 2020; with EMAN: Cai et al., 2021.
 Run: python benchmarks/methods/byol.py --teacher eman --recipe small
 """
 
-from data import Images, byol_views
+from image_data import Images, byol_views
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from method import Kind, Method, Metrics, network

@@ -93,21 +93,32 @@ def place(records: list[Record]) -> str:
     return f"{row['data']}, {device}, torch {row['torch']}, {row['date']}"
 
 
-def text(records: list[Record], shares: list[Record], stem: str) -> str:
-    """The whole page in Markdown."""
+def shares_table(rows: list[Record]) -> str:
+    """The update's time and its share of a step, by method and by who updates."""
+    named = [row | {"method": f"{row['model']}, {row['method']}"} for row in rows]
+    return step_table(named)
+
+
+def conditions(records: list[Record]) -> str:
     hours = sum(record["seconds"] for record in records) / 3600
-    parts = [
-        "# The three methods with three teachers\n",
+    return (
         f"{place(records)}; {len(records)} runs, {hours:.1f} hours of one core. Percent of the test images, mean ± "
         "standard deviation over the seeds, after the last step (none is selected by its result). A seed means the "
-        "same labels, initial network and batches for each teacher, so that differences are paired.\n",
-        summary(records),
-        f"![Curves]({stem}.png)\n",
-        "## The update's share of a step\n",
-        f"{shares[0]['threads']} threads, augmentation not counted.\n",
-    ]
-    for name in dict.fromkeys(row["model"] for row in shares):
-        parts += [f"### {name}\n", step_table([row for row in shares if row["model"] == name])]
+        "same labels, initial network and batches for each teacher, so that differences are paired.\n"
+    )
+
+
+def block(records: list[Record], shares: list[Record], picture: str) -> str:
+    """What the README shows of a study."""
+    figure = f"![Accuracy, precision and distance over the steps](benchmarks/results/{picture})\n"
+    return "\n".join([conditions(records), summary(records), figure, shares_table(shares)])
+
+
+def text(records: list[Record], shares: list[Record], picture: str) -> str:
+    """The whole page in Markdown."""
+    parts = ["# The three methods with three teachers\n", conditions(records), summary(records)]
+    parts += [f"![Curves]({picture})\n", "## The update's share of a step\n"]
+    parts += [f"{shares[0]['threads']} threads, augmentation not counted.\n", shares_table(shares)]
     return "\n".join(parts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from data import Images, Order, batches, weak_and_strong
+from image_data import Images, Order, batches, weak_and_strong
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from method import Kind, Method, Metrics, network
 from recipes import FIXMATCH, FixMatchRecipe

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import timm
-from data import Images, Order, Transform, batches
+from image_data import Images, Order, Transform, batches
 from recipes import Recipe
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ class Method(nn.Module):
         classes_a_batch: int | None,
         **process: Any,
     ) -> Iterable[Any]:
-        """The batches of the steps asked for; see data.batches for `process`."""
+        """The batches of the steps asked for; see image_data.batches for `process`."""
         order = Order(range(len(images.train_labels)), recipe.batch, seed, images.train_labels, classes_a_batch)
         return batches(images.train, cls.views(recipe, images), order, **process)
 

@@ -5,7 +5,7 @@ Run: python benchmarks/methods/moco.py --teacher eman --recipe small
 """
 
 import torch
-from data import Images, moco_views
+from image_data import Images, moco_views
 from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import MoCoProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle

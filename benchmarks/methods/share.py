@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Images
+from image_data import Images
 from method import Method
 from torch import Tensor
 from torch.utils._pytree import tree_map_only

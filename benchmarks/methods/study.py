@@ -1,6 +1,7 @@
 """`make methods`: the three methods with each teacher, over seeds; a line of JSON a run, a table and pictures.
 
-A study that is interrupted goes on where it was: runs that its file of results has are not made again.
+A study that was interrupted goes on where it was: what its files in --out and --work have is not made again, so a new
+one wants a new folder. With --out benchmarks/results the README gets the tables as well.
 """
 
 import argparse
@@ -16,14 +17,17 @@ from typing import Any
 
 import torch
 from byol import Byol
-from data import Images, load
-from findings import draw, text
+from findings import block, draw, shares_table, summary, text
 from fixmatch import FixMatch
+from image_data import Images, load
 from method import KINDS, Kind
 from moco import Moco
 from share import shares
 from tqdm import tqdm
 from training import LABELS, Run, append, train
+
+sys.path.append(str(Path(__file__).parent.parent))
+from tables import embed
 
 METHODS = {"fixmatch": FixMatch, "byol": Byol, "moco": Moco}
 BENCHMARKS = Path(__file__).parent.parent
@@ -147,7 +151,9 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/methods"), help="for checkpoints (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/methods"), help="for the findings (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
         images = load(arguments.data, arguments.root)
@@ -157,11 +163,18 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     jobs = short() if arguments.short else full(arguments.seeds)
     records = carry_out(jobs, stem.with_suffix(".jsonl"), arguments)
-    rows = shares(METHODS.values(), images, rounds=3 if arguments.short else 30)
-    stem.with_suffix(".md").write_text(text(records, rows, stem.name))
-    draw(records, stem.with_suffix(".png"))
-    print(text(records, rows, stem.name))
-    print(f"written: {stem}.jsonl, .md and .png", file=sys.stderr)
+    of_shares = stem.with_name(f"{stem.name}-shares.json")
+    if not of_shares.exists():
+        rows = shares(METHODS.values(), images, rounds=5 if arguments.short else 40)
+        of_shares.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    rows = json.loads(of_shares.read_text())
+    picture = stem.with_suffix(".png")
+    draw(records, picture)
+    stem.with_suffix(".md").write_text(text(records, rows, picture.name))
+    if arguments.out == BENCHMARKS / "results":
+        readme = BENCHMARKS.parent / "README.md"
+        readme.write_text(embed(readme.read_text(), "study.py", block(records, rows, picture.name)))
+    print(summary(records), shares_table(rows), f"written: {stem}.jsonl, .md, .png and -shares.json", sep="\n")
 
 
 if __name__ == "__main__":

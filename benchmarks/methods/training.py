@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 import torch.distributed as dist
 from evaluation import accuracy, distance, linear_probe, nearest_neighbours, outputs
+from image_data import Images, in_order, load, plain
 from lightly.utils.lars import LARS
 from method import KINDS, Kind, Method
 from recipes import Recipe
@@ -26,8 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
-
-from data import Images, in_order, load, plain
 
 sys.path.append(str(Path(__file__).parent.parent))
 from timing import machine
@@ -129,12 +128,18 @@ def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Pr
                 raise FloatingPointError(f"the loss is {point['loss']} in the steps before {step}: lower --lr")
             sums.clear()
             if process.rank == 0:
-                curve.append(point | evaluate(method, labelled, final=step == steps))
+                curve.append(point | evaluate(method, final=step == steps))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in curve[-1].items() if name != "step"})
                 state.save(step, curve)
             # So that what is random from here on is the same after a resumption.
             torch.manual_seed(run.seed + step)
-    settings = {"method": make.__name__.lower(), **asdict(run), "world": process.world, "recipe": asdict(recipe)}
+    settings = {
+        "method": make.__name__.lower(),
+        "data": images.name,
+        **asdict(run),
+        "world": process.world,
+        "recipe": asdict(recipe),
+    }
     last = {name: value for name, value in (curve[-1] if curve else {}).items() if name != "step"}
     told = {"steps": steps, "seconds": time.perf_counter() - begin, "threads": torch.get_num_threads()}
     return settings | {"results": last, "curve": curve} | told | machine(process.device)
@@ -180,8 +185,8 @@ def learning_rate(recipe: Recipe, step: int, steps: int, a_pass: float) -> float
 def averages(sums: Counter[str], process: Process) -> dict[str, float]:
     """Over all steps since the last evaluation, and all processes; without what there was nothing of."""
     names = sorted(name for name in sums if not name.endswith(" of"))
-    values = torch.stack([torch.as_tensor(sums[key], dtype=torch.float32) for n in names for key in (n, f"{n} of")])
-    values = values.to(process.device)
+    amounts = [sums[key] for name in names for key in (name, f"{name} of")]
+    values = torch.stack([torch.as_tensor(a, dtype=torch.float32, device=process.device) for a in amounts])
     if process.world > 1:
         dist.all_reduce(values)
     return {name: amount / of for name, (amount, of) in zip(names, values.view(-1, 2).tolist(), strict=True) if of}
@@ -193,7 +198,7 @@ class Evaluation:
     def __init__(self, recipe: Recipe, images: Images, run: Run, device: torch.device) -> None:
         self.images, self.run, self.device, self.transform = images, run, device, plain(recipe, images)
 
-    def __call__(self, method: Method, labelled: list[int], final: bool) -> dict[str, float]:
+    def __call__(self, method: Method, final: bool) -> dict[str, float]:
         count = len(self.images.test_labels)
         # Not the first ones: a folder's images are sorted by class.
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -286,7 +291,9 @@ def parser_of(make: type[Method]) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes-a-batch", type=int, help="unlabelled batches of so many classes: a stress")
     parser.add_argument("--init", type=Path, help="checkpoint whose student's backbone is the start")
-    parser.add_argument("--checkpoint", type=Path, help="written at each evaluation; a run goes on from it")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="written at each evaluation, and gone on from; all processes must see it"
+    )
     parser.add_argument("--evaluations", type=int, default=8, help="during the run (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that trains")
     parser.add_argument("--out", type=Path, help="file that gets the run's record as one more line of JSON")
@@ -309,7 +316,7 @@ def main(make: type[Method]) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     with processes() as process:
-        record = {"data": arguments["data"], "preset": arguments["recipe"]} | train(make, recipe, images, run, process)
+        record = train(make, recipe, images, run, process)
         if process.rank == 0:
             print(json.dumps(record["results"], indent=2))
             if arguments["out"]:

@@ -33,6 +33,7 @@ STATISTICS = {1: ([0.286], [0.353]), 3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0
 class Images:
     """A data set as PIL images and labels; an unlabelled image has the label -1."""
 
+    name: str
     train: Dataset
     test: Dataset
     train_labels: Tensor
@@ -71,7 +72,7 @@ def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
             raise FileNotFoundError(
                 f"{' and '.join(missing)} not found: --root must hold train/ and val/, a folder a class"
             )
-        return of(*(torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val")))
+        return of(name, *(torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val")))
     cls = getattr(torchvision.datasets, name, None)
     if cls is None:
         raise ValueError(f"torchvision.datasets has no {name!r}; for a folder of images: --data imagefolder")
@@ -85,7 +86,7 @@ def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
     else:
         raise ValueError(f"torchvision.datasets.{name} is not divided into training and test images")
     try:
-        return of(*(cls(str(root), **argument) for argument in arguments))
+        return of(name, *(cls(str(root), **argument) for argument in arguments))
     except (RuntimeError, FileNotFoundError) as error:
         if name == "FashionMNIST":
             how = HOW_TO_GET.format(raw=root / name / "raw", debian=f"/{DEBIAN}", root=root)
@@ -94,10 +95,10 @@ def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
         raise FileNotFoundError(how) from None
 
 
-def of(train: Dataset, test: Dataset) -> Images:
+def of(name: str, train: Dataset, test: Dataset) -> Images:
     labels = [torch.as_tensor(np.asarray(_labels(part)), dtype=torch.int64) for part in (train, test)]
     channels = 1 if train[0][0].mode == "L" else 3
-    return Images(train, test, *labels, classes=int(labels[0].max()) + 1, channels=channels)
+    return Images(name, train, test, *labels, classes=int(labels[0].max()) + 1, channels=channels)
 
 
 def _labels(part: Dataset) -> Sequence[int]:

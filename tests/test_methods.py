@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 REMEDY = "pip install '.[bench]'"
@@ -181,6 +182,20 @@ def test_each_pass_has_each_image_once(count, batch):
     assert all(len(order.at(step)) == batch for step in range(5))
 
 
+def test_images_without_labels_are_trained_on_and_not_asked_for_theirs(images):
+    train = Grey(400)
+    train.targets = [label if index < 200 else -1 for index, label in enumerate(train.targets)]
+    train.__class__ = type(
+        "Partly", (Grey,), {"__getitem__": lambda self, index: (Image.new("L", (28, 28)), self.targets[index])}
+    )
+    partly = image_data.of("partly", train, Grey(100))
+    assert partly.classes == 10
+    assert max(partly.labelled(13, 0)) < 200
+    for make in (fixmatch.FixMatch, byol.Byol):
+        record = training.train(make, small(make, partly, 2), partly, training.Run("eman", evaluations=1))
+        assert math.isfinite(record["results"]["loss"])
+
+
 def test_batches_of_few_classes(images):
     order = image_data.Order(range(50, 400), 30, 0, images.train_labels, classes_a_batch=2)
     drawn = [order.at(step) for step in range(20)]
@@ -188,7 +203,6 @@ def test_batches_of_few_classes(images):
     assert len({tuple(images.train_labels[one].unique().tolist()) for one in drawn}) > 10
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_batch_is_the_same_whoever_makes_it_and_divided_among_the_processes(images):
     recipe = small(byol.Byol, images, batch=6)
     made = {}
@@ -205,6 +219,12 @@ def test_a_batch_is_the_same_whoever_makes_it_and_divided_among_the_processes(im
     split = [byol.Byol.loader(recipe, images, [], 5, None, steps=range(2, 3), rank=rank, world=2) for rank in (0, 1)]
     shares = [next(iter(loader)) for loader in split]
     assert [share[1].tolist() for share in shares] == [labels[0::2].tolist(), labels[1::2].tolist()]
+    same = [
+        next(iter(image_data.batches(images.train, byol.byol_views(recipe, images), order, range(1), rank, 2)))
+        for order in [image_data.Order([7], 2, 0)]
+        for rank in (0, 1)
+    ]
+    assert not torch.equal(same[0][0][0], same[1][0][0])  # one image, augmented differently
 
 
 def test_fixmatch_takes_labels_of_the_labelled_only(images, monkeypatch):
@@ -424,6 +444,15 @@ def test_mocos_keys_enter_the_queue_after_they_were_told_apart_from_it(images):
     assert loss.item() == pytest.approx(-logits.log_softmax(1)[:, 0].mean().item(), rel=1e-4)
     torch.testing.assert_close(made.loss.memory_bank.bank[:8], keys)
     assert torch.equal(made.loss.memory_bank.bank[8:], queue[8:])
+
+
+@pytest.mark.parametrize("kind", method.KINDS)
+def test_a_key_stays_with_its_image_whatever_the_shuffling(kind, images):
+    made = moco.Moco(small(moco.Moco, images), images, kind, STEPS).train()
+    pictures = torch.randn(8, 1, 28, 28)
+    keys = made.keys(pictures)
+    expected = (made.student if kind == "bn" else made.teacher)(pictures).detach()
+    torch.testing.assert_close(keys, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_learning_rate_rises_and_falls():

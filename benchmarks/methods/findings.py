@@ -71,9 +71,7 @@ def table(records: list[Record], method: str) -> str:
             row.append("" if teacher == "eman" or "eman" not in teachers else mean_and_sd([a - b for a, b in pairs]))
             rows.append(row)
     names = ["method", *(["labels a class"] if method == "fixmatch" else []), "teacher", "seeds", *metrics.values()]
-    return tabulate(
-        rows, [*names, f"EMAN's {next(iter(metrics.values()))} is better by"], "github", disable_numparse=True
-    )
+    return tabulate(rows, [*names, f"EMAN is better by ({metrics[main]})"], "github", disable_numparse=True)
 
 
 def summary(records: list[Record]) -> str:

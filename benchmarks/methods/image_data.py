@@ -2,7 +2,6 @@
 
 import gzip
 import inspect
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,8 +173,7 @@ class Augmented(Dataset):
             return [self._one(index) for index in indices]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+            np.random.seed(seed % 2**32)  # which lightly draws from
             return [self._one(index) for index in indices]
 
     def _one(self, index: int) -> tuple[Any, int]:

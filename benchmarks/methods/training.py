@@ -210,7 +210,8 @@ class Evaluation:
             found |= distance(method.teacher, method.student)
         if method.classifies:
             return found | {f"{name}_accuracy": accuracy(logits, labels) for name, logits in made.items()}
-        most = min(LABELS[-1], int(self.images.train_labels.bincount().min()))
+        labels_of_train = self.images.train_labels
+        most = min(LABELS[-1], int(labels_of_train[labels_of_train >= 0].bincount().min()))
         banks = {n: self.images.labelled(n, self.run.seed) for n in ([*LABELS[:-1], most] if final else [most])}
         for per_class, bank in banks.items():
             features, bank_labels = outputs(networks, self._loader(self.images.train, bank), self.device)

@@ -132,8 +132,8 @@ def draw(records: list[Record], path: Path) -> None:
         score = "accuracy" if fixmatch else "knn"
         metrics = [f"student_{score}", f"teacher_{score}", "precision" if fixmatch else "loss", "weights_apart"]
         for axes, metric in zip(line, metrics, strict=True):
-            for teacher, runs in found[key].items():
-                curve(axes, runs, metric, COLOURS[teacher], teacher)
+            for teacher in filter(found[key].get, COLOURS):
+                curve(axes, found[key][teacher], metric, COLOURS[teacher], teacher)
             baseline = found.get((setting.replace("FixMatch", "supervised only").split(",")[0], labels), {}).get("bn")
             if metric == "student_accuracy" and baseline:
                 curve(axes, baseline, metric, BLACK, "supervised only")
@@ -142,7 +142,8 @@ def draw(records: list[Record], path: Path) -> None:
         line[0].legend(fontsize=7, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("steps")
-    figure.suptitle(f"Mean and standard deviation over the seeds; {place(records)}", fontsize=8)
+    scope = "Mean and standard deviation over the seeds; the last point is of all test images, the others of 2,000"
+    figure.suptitle(f"{scope}\n{place(records)}", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -126,13 +126,17 @@ def carry_out(jobs: list[Job], results: Path, arguments: argparse.Namespace) -> 
         arguments.jobs, get_context("spawn"), initializer=begin, initargs=(arguments.data, arguments.root)
     )
     with pool:
-        # Those that start from another's checkpoint wait for it.
-        for stage in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
-            futures = [pool.submit(do, job, folder) for job in stage if job.key not in done]
-            for future in as_completed(futures):
+        waiting, running = [job for job in jobs if job.key not in done], set()
+        while waiting or running:
+            ready = [job for job in waiting if job.after is None or job.after in done]
+            waiting = [job for job in waiting if job not in ready]
+            running |= {pool.submit(do, job, folder) for job in ready}
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
                 record = future.result()
                 append(results, record)
                 records.append(record)
+                done.add(record["key"])
                 bar.set_postfix_str(record["key"])
                 bar.update()
     wanted = {job.key for job in jobs}

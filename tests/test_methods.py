@@ -34,6 +34,7 @@ import moco  # noqa: E402
 import recipes  # noqa: E402
 import share  # noqa: E402
 import study  # noqa: E402
+import tables  # noqa: E402
 import training  # noqa: E402
 
 from eman_kernels import EMANTeacher, schedules  # noqa: E402
@@ -741,6 +742,16 @@ def test_a_study_is_made_once_and_says_what_it_found(debian, tmp_path, monkeypat
     study.main()
     assert (tmp_path / "out" / "methods-short.jsonl").read_text().splitlines() == lines
     assert capsys.readouterr().out == printed
+
+
+def test_the_readme_shows_the_recorded_study():
+    results = BENCHMARKS / "results"
+    records = [json.loads(line) for line in (results / "methods.jsonl").read_text().splitlines()]
+    rows = json.loads((results / "methods-shares.json").read_text())
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    assert readme == tables.embed(readme, "study.py", findings.block(records, rows, "methods.png"))
+    seeds = {(one["setting"], one["labels"], one["teacher"], one["seed"]) for one in records}
+    assert len(seeds) == len(records)
 
 
 def record(setting="FixMatch", teacher="eman", seed=0, accuracy=70.0, method="fixmatch", **more):

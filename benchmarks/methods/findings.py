@@ -97,6 +97,12 @@ def shares_table(rows: list[Record]) -> str:
     return step_table(named)
 
 
+def scope(rows: list[Record]) -> str:
+    return (
+        f"The update's share of a step of the small recipe, {rows[0]['threads']} threads, augmentation not counted:\n"
+    )
+
+
 def conditions(records: list[Record]) -> str:
     hours = sum(record["seconds"] for record in records) / 3600
     return (
@@ -109,14 +115,14 @@ def conditions(records: list[Record]) -> str:
 def block(records: list[Record], shares: list[Record], picture: str) -> str:
     """What the README shows of a study."""
     figure = f"![Accuracy, precision and distance over the steps](benchmarks/results/{picture})\n"
-    return "\n".join([conditions(records), summary(records), figure, shares_table(shares)])
+    return "\n".join([conditions(records), summary(records), figure, scope(shares), shares_table(shares)])
 
 
 def text(records: list[Record], shares: list[Record], picture: str) -> str:
     """The whole page in Markdown."""
     parts = ["# The three methods with three teachers\n", conditions(records), summary(records)]
     parts += [f"![Curves]({picture})\n", "## The update's share of a step\n"]
-    parts += [f"{shares[0]['threads']} threads, augmentation not counted.\n", shares_table(shares)]
+    parts += [scope(shares), shares_table(shares)]
     return "\n".join(parts)
 
 

@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from tables import embed
 
 METHODS = {"fixmatch": FixMatch, "byol": Byol, "moco": Moco}
-BENCHMARKS = Path(__file__).parent.parent
+BENCHMARKS = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def main() -> None:
     picture = stem.with_suffix(".png")
     draw(records, picture)
     stem.with_suffix(".md").write_text(text(records, rows, picture.name))
-    if arguments.out == BENCHMARKS / "results":
+    if arguments.out.resolve() == BENCHMARKS / "results":
         readme = BENCHMARKS.parent / "README.md"
         readme.write_text(embed(readme.read_text(), "study.py", block(records, rows, picture.name)))
     print(summary(records), shares_table(rows), f"written: {stem}.jsonl, .md, .png and -shares.json", sep="\n")

@@ -109,6 +109,17 @@ def test_the_published_network_is_a_resnet50_and_its_teacher_follows_by_one_plan
     assert made.teacher.step == 1
 
 
+def test_byols_views_are_the_published_ones(images):
+    first, second = image_data.byol_views(recipes.BYOL["imagenet-200"], images).transforms
+    found = []
+    for view in (first, second):
+        steps = {type(step).__name__: step for step in view.transform.transforms}
+        crop = steps["RandomResizedCrop"]
+        probabilities = steps["GaussianBlur"].prob, steps["RandomSolarization"].prob
+        found.append((tuple(crop.size), tuple(crop.scale), *probabilities))
+    assert found == [((224, 224), (0.2, 1.0), 1.0, 0.0), ((224, 224), (0.2, 1.0), 0.1, 0.2)]
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     with gzip.open(path, "wb") as file:
         file.write(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
@@ -206,11 +217,12 @@ def test_batches_of_few_classes(images):
 
 def test_a_batch_is_the_same_whoever_makes_it_and_divided_among_the_processes(images):
     recipe = small(byol.Byol, images, batch=6)
-    made = {}
+    made, state = {}, torch.get_rng_state()
     for name, options in {"all": {}, "late": {"steps": range(2, 3)}, "workers": {"workers": 2}}.items():
         options = {"steps": range(3)} | options
         made[name] = list(byol.Byol.loader(recipe, images, [], 5, None, **options))[-1]
     (first, second), labels = made["all"]
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own is left alone
     for name in ("late", "workers"):
         assert torch.equal(made[name][0][0], first)
         assert torch.equal(made[name][0][1], second)
@@ -381,17 +393,22 @@ def test_lars_leaves_batchnorm_and_biases_alone(images):
 # ---------------------------------------------------------------- the losses
 
 
-def test_fixmatchs_loss_and_its_metrics(images):
+@pytest.mark.parametrize("kind", ["bn", "eman"])
+def test_fixmatchs_loss_and_its_metrics(kind, images):
     """From the logits, element by element."""
     recipe = small(fixmatch.FixMatch, images, threshold=0.15)
-    made = fixmatch.FixMatch(recipe, images, "eman", STEPS).train()
+    made = fixmatch.FixMatch(recipe, images, kind, STEPS).train()
     with torch.no_grad():
-        made.student.fc.weight.mul_(20)
-        made.teacher.module.fc.weight.mul_(20)
+        for net in made.backbones().values():
+            net.fc.weight.mul_(20 if kind == "eman" else 1)
     ((labelled, labels), ((weak, strong), truth)) = batch = batch_of(fixmatch.FixMatch, recipe, images)
     truth[:10] = -1  # of images whose labels nobody knows
-    logits = made.student(torch.cat([labelled, strong])).detach().double().log_softmax(1)
-    judged = made.teacher(weak).double().softmax(1)
+    if kind == "bn":
+        logits = made.student(torch.cat([labelled, strong, weak])).detach().double().log_softmax(1)
+        judged = logits[48:].exp()
+    else:
+        logits = made.student(torch.cat([labelled, strong])).detach().double().log_softmax(1)
+        judged = made.teacher(weak).double().softmax(1)
     expected = sum(-logits[i, labels[i]] for i in range(8)) / 8
     used, right, known = 0, 0, 0
     for i in range(40):
@@ -558,6 +575,14 @@ with t.training.processes() as process:
             record = t.training.train(Kept, t.small(make, images), images, t.training.Run(kind, evaluations=1), process)
             name = f"{make.__name__}-{kind}-{process.rank}.pt"
             torch.save((json.dumps(record), dict(kept[0].state_dict())), f"{sys.argv[3]}/{name}")
+    # ShuffleBN: a process's teacher sees images of the other, and each key comes back to its image.
+    made = t.moco.Moco(t.small(t.moco.Moco, images), images, "ema-bn", 5).eval()
+    mine, seen = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(process.rank)), []
+    made.teacher.register_forward_pre_hook(lambda _, x: seen.extend(x[0]))
+    keys = made.keys(mine)
+    strangers = [x for x in seen if not any(torch.equal(x, one) for one in mine)]
+    assert 0 < len(strangers) < 8 == len(seen), len(strangers)
+    torch.testing.assert_close(keys, made.teacher(mine))
     try:
         t.training.train(make, t.small(make, images, batch=7), images, t.training.Run("eman"), process)
     except ValueError as error:
@@ -645,10 +670,13 @@ def test_the_command_line_makes_a_run_and_a_record(debian, tmp_path):
 def test_the_probe_and_the_neighbours_on_what_can_be_told_apart():
     centres = 4 * torch.randn(10, 32)
     labels = torch.arange(300) % 10
+    scale, shift = 100 * torch.rand(32) + 1, torch.tensor(500.0)  # features are of any size, and not centred
     bank, test = (centres[labels] + torch.randn(300, 32) for _ in range(2))
     shuffled = labels[torch.randperm(300)]
     for score in (evaluation.linear_probe, evaluation.nearest_neighbours):
         assert score(bank, labels, test, labels, 10) == 100
+        if score is evaluation.linear_probe:
+            assert score(scale * bank + shift, labels, scale * test + shift, labels, 10) == 100
         assert score(bank, labels, test, shuffled, 10) < 30
         assert score(bank, shuffled, test, labels, 10) < 40
 
@@ -688,14 +716,15 @@ def test_how_far_a_teacher_is(images):
     assert apart["statistics_apart"] == pytest.approx(3)  # |4 - 1| of 4 variances, over |1| of 4 (the means are 0)
 
 
-def test_evaluation_is_in_eval_mode_and_leaves_the_modes_as_they_were(images):
-    made = fixmatch.FixMatch(small(fixmatch.FixMatch, images), images, "ema-bn", 5).train()
+@pytest.mark.parametrize("kind", ["ema-bn", "eman"])
+def test_evaluation_is_in_eval_mode_and_leaves_the_modes_as_they_were(kind, images):
+    made = fixmatch.FixMatch(small(fixmatch.FixMatch, images), images, kind, 5).train()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items() if tensor.dim()}
     judge = training.Evaluation(small(fixmatch.FixMatch, images), images, training.Run("ema-bn"), CPU)
     found = judge(made, final=True)
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
     assert made.student.training
-    assert made.teacher.module.training
+    assert made.teacher.module.training == (kind == "ema-bn")
     with torch.no_grad():
         test = image_data.in_order(images.test, judge.transform, range(100))
         (pictures, labels), *_ = test

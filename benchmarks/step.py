@@ -5,13 +5,11 @@ unlabelled ones) and FixMatch's own on a GPU (64 and 448): the smaller the batch
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from models import pair
-from timing import MOMENTUM, quartiles
+from timing import MOMENTUM, clock, share
 from torch import nn
 from tqdm import tqdm
 from updates import LOOP, published_loop
@@ -58,15 +56,10 @@ def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dic
     images = torch.randn(labelled * (1 + UNLABELLED), 3, 32, 32, device=device)
     weak = torch.randn(labelled * UNLABELLED, 3, 32, 32, device=device)
 
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for k in tqdm(range(rounds + 2), desc="training steps", leave=False, disable=None):
         for name, (teacher, update) in ways.items():
-            begin = clock()
+            begin = clock(device)
             with torch.no_grad():
                 confidence, pseudo = teacher(weak).softmax(dim=1).max(dim=1)
             logits = student(images)
@@ -76,17 +69,13 @@ def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dic
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            before = clock()
+            before = clock(device)
             update()
-            end = clock()
+            end = clock(device)
             if k >= 2:
                 times[name].append((end - begin, end - before))
     for name, samples in times.items():
-        share = [100 * update / step for step, update in samples]
         row = {"kind": "step", "method": name, "model": "wide_resnet28_2", "dtype": "float32", "labelled": labelled}
         row |= {"threads": torch.get_num_threads(), "unlabelled": labelled * UNLABELLED}
-        row["step_ms"] = statistics.median(step for step, _ in samples)
-        for figure, values in (("_ms", [update for _, update in samples]), ("_percent", share)):
-            row[f"q1{figure}"], row[f"median{figure}"], row[f"q3{figure}"] = quartiles(values)
-        rows.append(row)
+        rows.append(row | share(samples))
     return rows

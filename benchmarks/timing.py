@@ -107,6 +107,22 @@ def graphed(update: Update) -> Update:
     return graph.replay
 
 
+def clock(device: torch.device) -> float:
+    """Milliseconds, when all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+def share(samples: list[tuple[float, float]]) -> dict[str, float]:
+    """Of pairs (whole step, update in it), in milliseconds: the figures of a row of tables.step_table."""
+    figures = {"step_ms": statistics.median(step for step, _ in samples)}
+    parts = {"_ms": [update for _, update in samples], "_percent": [100 * update / step for step, update in samples]}
+    for name, values in parts.items():
+        figures |= zip((f"q1{name}", f"median{name}", f"q3{name}"), quartiles(values), strict=True)
+    return figures
+
+
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(samples, n=4))
 

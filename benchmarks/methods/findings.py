@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -14,7 +13,6 @@ sys.path.append(str(Path(__file__).parent.parent))
 from pictures import BLACK, BLUE, ORANGE, PINK
 from tables import step_table
 
-matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 Record = dict[str, Any]
 COLOURS = {"bn": ORANGE, "ema-bn": PINK, "eman": BLUE}
 FIXMATCH = {
@@ -47,8 +45,11 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, list[Re
 
 
 def of(records: list[Record], metric: str) -> list[float]:
-    factor = 100 if metric in SHARES else 1
-    return [factor * record["results"][metric] for record in records if metric in record["results"]]
+    return [percent(record["results"], metric) for record in records if metric in record["results"]]
+
+
+def percent(point: dict[str, float], metric: str) -> float:
+    return point[metric] * (100 if metric in SHARES else 1)
 
 
 def mean_and_sd(values: list[float]) -> str:
@@ -148,8 +149,8 @@ def draw(records: list[Record], path: Path) -> None:
         line[0].legend(fontsize=7, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("steps")
-    scope = "Mean and standard deviation over the seeds; the last point is of all test images, the others of 2,000"
-    figure.suptitle(f"{scope}\n{place(records)}", fontsize=8)
+    what = "Mean and standard deviation over the seeds; the last point is of all test images, the others of 2,000"
+    figure.suptitle(f"{what}\n{place(records)}", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -158,7 +159,7 @@ def curve(axes: Any, runs: list[Record], metric: str, colour: str, label: str) -
     for record in runs:
         for point in record["curve"]:
             if metric in point:
-                points.setdefault(point["step"], []).append((100 if metric in SHARES else 1) * point[metric])
+                points.setdefault(point["step"], []).append(percent(point, metric))
     if not points:
         return
     means = [statistics.mean(values) for values in points.values()]

@@ -13,7 +13,7 @@ class Recipe:
 
     network: str = "resnet50"  # or "small"; any other name is timm's
     size: int = 224  # pixels of the square that the network sees
-    crop: Literal["resized", "padded"] = "resized"  # RandomResizedCrop, or a shift by up to 4 pixels
+    crop: Literal["resized", "padded"] = "resized"  # RandomResizedCrop, or a shift by up to an eighth
     epochs: float = 200
     batch: int = 256  # images a step, over all processes; FixMatch: labelled ones
     lr: float = 0.03

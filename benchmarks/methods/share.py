@@ -1,8 +1,6 @@
 """The update's share of each method's step: with the published loop, and with ours, in turn in one process."""
 
-import statistics
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,11 @@ from typing import Any
 import torch
 from image_data import Images
 from method import Method
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
-from training import make_optimizer
+from training import LABELS, make_optimizer, on
 
 sys.path.append(str(Path(__file__).parent.parent))
-from timing import machine, pin_the_heap, quartiles
+from timing import clock, machine, pin_the_heap, share
 from updates import LOOP, OURS, published_loop
 
 
@@ -35,24 +31,19 @@ class Timed:
         self.method.update_teacher = self._update
         self.times: list[tuple[float, float]] = []
 
-    def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
-
     def _update(self) -> None:
-        begin = self.clock()
+        begin = clock(self.device)
         self.update()
-        self.in_update = self.clock() - begin
+        self.in_update = clock(self.device) - begin
 
     def step(self, batch: Any) -> None:
-        begin = self.clock()
+        begin = clock(self.device)
         loss, _ = self.method(batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.method.after_the_step()
-        self.times.append((self.clock() - begin, self.in_update))
+        self.times.append((clock(self.device) - begin, self.in_update))
 
 
 def shares(methods: Iterable[type[Method]], images: Images, rounds: int) -> list[dict[str, Any]]:
@@ -61,18 +52,14 @@ def shares(methods: Iterable[type[Method]], images: Images, rounds: int) -> list
     pin_the_heap()
     rows = []
     for make in methods:
-        recipe, labelled, warm_up = make.recipes["small"], images.labelled(13, 0), 3
+        recipe, labelled, warm_up = make.recipes["small"], images.labelled(LABELS[0], 0), 3
         ways = {LOOP: Timed(make, images, True, device, rounds), OURS: Timed(make, images, False, device, rounds)}
         loader = make.loader(recipe, images, labelled, 0, None, steps=range(rounds + warm_up))
-        for batch in tqdm(loader, f"share of {make.__name__}", rounds + warm_up, leave=False, disable=None):
-            batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        bar = tqdm(loader, f"share of {make.__name__}", rounds + warm_up, leave=False, disable=None)
+        for batch in on(device, bar):
             for way in ways.values():
                 way.step(batch)
         for name, way in ways.items():
-            kept = way.times[warm_up:]
             row = {"kind": "step", "method": name, "model": make.__name__, "threads": torch.get_num_threads()}
-            row["step_ms"] = statistics.median(step for step, _ in kept)
-            for figure, values in (("_ms", [u for _, u in kept]), ("_percent", [100 * u / s for s, u in kept])):
-                row[f"q1{figure}"], row[f"median{figure}"], row[f"q3{figure}"] = quartiles(values)
-            rows.append(row | machine(device))
+            rows.append(row | share(way.times[warm_up:]) | machine(device))
     return rows

@@ -248,7 +248,8 @@ class State:
         if path is None or not path.exists():
             return 0, []
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if differs := [f"{name} was {was}" for name, was in state["of"].items() if self._of().get(name) != was]:
+        now = self._of()
+        if differs := [f"{name} was {was}" for name, was in state["of"].items() if now.get(name) != was]:
             raise ValueError(f"{path} is the checkpoint of another run: {', '.join(differs)}")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])

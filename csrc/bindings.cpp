@@ -7,24 +7,11 @@
 
 #include "chunk.h"
 #include "eman_update.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
 namespace {
-
-// A training step drives from the cache what the checks of the next update look at, and each look would then wait for
-// memory by itself. Asked for together, the lines come together. `lines`: addresses, which are only asked for and may
-// be of nothing. `dicts`: addresses of live dicts, whose entries lie elsewhere.
-void prefetch(uint64_t lines, int64_t n_lines, uint64_t dicts, int64_t n_dicts) {
-  const auto* line = reinterpret_cast<const char* const*>(lines);
-  const auto* dict = reinterpret_cast<PyDictObject* const*>(dicts);
-  for (int64_t i = 0; i < n_dicts; ++i) __builtin_prefetch(dict[i]);
-  for (int64_t i = 0; i < n_lines; ++i) __builtin_prefetch(line[i]);
-  for (int64_t i = 0; i < n_dicts; ++i) {
-    const auto* entries = reinterpret_cast<const char*>(dict[i]->ma_keys);
-    for (int offset = 0; offset < 192; offset += 64) __builtin_prefetch(entries + offset);
-  }
-}
 
 // 0 is null.
 template <typename T>
@@ -56,7 +43,7 @@ eman::Call call(uint64_t chunks, const std::vector<double>& momenta, uint64_t mo
 PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
-  m.def("prefetch", &prefetch, py::arg("lines"), py::arg("n_lines"), py::arg("dicts"), py::arg("n_dicts"));
+  eman::bind_watch(m);
   py::class_<eman::Call>(m, "Call").def(py::init(&call), py::arg("chunks"), py::arg("momenta"), py::kw_only(),
                                         py::arg("momenta_address") = 0, py::arg("momenta_are_double") = false,
                                         py::arg("found_inf") = 0, py::arg("stochastic") = false,

@@ -4,43 +4,96 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
 from numbers import Real
-from operator import is_
 from typing import Literal, get_args
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backends
-from .pairing import Pair, Rule, Watch, check, named_tensors, pair_lists, pair_modules
+from .low_precision import LowPrecision
+from .pairing import Pair, Rule, check, check_lengths, pair_lists, pair_modules
 from .plan import Call, Plan
+from .watch import Roots, Watch, is_plain
 
 Rounding = Literal["nearest", "stochastic"]
 Nonfinite = Literal["propagate", "skip"]
 
 
+# Of one pair of networks, or one kind of lists: option sets in turn, or a buffer that alternates, need one each.
+_PLANS = 8
+# Kinds of lists. Loops that update a tensor at a time need many; a plan is some kilobytes.
+_LISTS = 1024
+
+
 @dataclass(slots=True)
 class _Followed:
-    """What is remembered of teachers and their student."""
+    """A plan, and what it rests on."""
 
     options: tuple[object, ...]
     watch: Watch
-    tensors: list[Tensor]  # teacher, student, teacher, student ...
     plan: Plan
+    # For each low-precision copy, the numbers of the tensors that it is of, and which of its tensors the plan writes.
+    masters: list[list[int]] = field(default_factory=list)
+    along: list[list[int]] = field(default_factory=list)
 
-    def holds(self, options: tuple[object, ...]) -> bool:
-        return self.options == options and not self.plan.moved(self.tensors) and not self.watch.changed()
+
+class _Known:
+    """The plans of one pair of networks, or one kind of lists, the last used first."""
+
+    def __init__(self, *references: object) -> None:
+        self.references = references
+        self.plans: list[_Followed] = []
+
+    def find(self, options: tuple[object, ...], roots: Roots) -> tuple[_Followed, list[Tensor]] | None:
+        """The plan of these options that is true of what the roots hold, and the tensors that they hold."""
+        for i, followed in enumerate(self.plans):
+            if followed.options == options and (tensors := followed.watch.look(roots)) is not None:
+                if i:
+                    self.plans.insert(0, self.plans.pop(i))
+                return followed, tensors
+        return None
+
+    def add(self, followed: _Followed) -> None:
+        self.plans.insert(0, followed)
+        del self.plans[_PLANS:]
 
 
-# The first teacher -> student -> _Followed. Weak in both, so that a plan never keeps a network alive.
-_followed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Followed]] = WeakKeyDictionary()
-# The first teacher tensor of a list -> weak references to all tensors of both lists, the options, and the plan.
-_lists: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By the ids of the first teacher and the student. Nothing here keeps a network alive, and what belongs to one goes with
+# it. That an id may come again is no harm: a watch looks at all there is.
+_networks: dict[tuple[int, int], _Known] = {}
+# By how many tensors there are and where the first ones lie; the last used last.
+_lists: dict[tuple[object, ...], _Known] = {}
+
+
+def _known_networks(teacher: nn.Module, student: nn.Module) -> _Known:
+    key = id(teacher), id(student)
+    known = _networks.get(key)
+    if known is None:
+
+        def forget(_: object, networks: dict = _networks) -> None:
+            networks.pop(key, None)
+
+        known = _networks[key] = _Known(ref(teacher, forget), ref(student, forget))
+    return known
+
+
+def _known_lists(teachers: list[Tensor], students: list[Tensor]) -> _Known:
+    first = teachers[0]
+    key = len(teachers), *(tensor.data_ptr() if is_plain(tensor) else 0 for tensor in (first, students[0]))
+    known = _lists.pop(key, None)
+    if known is None:
+        for old in [old for old, its in _lists.items() if any(reference.expired() for reference in its.references)]:
+            del _lists[old]
+        if len(_lists) >= _LISTS:
+            del _lists[next(iter(_lists))]
+        known = _Known(*(StorageWeakRef(first.untyped_storage()) for _ in range(is_plain(first))))
+    _lists[key] = known
+    return known
 
 
 @torch.compiler.disable
@@ -91,15 +144,16 @@ def eman_update_(
     Raises:
         ValueError: the networks differ (all differences are listed), share memory, an option is not known, or a tensor
             among the options lies on another device than the teacher.
-        RuntimeError: the backend that was asked for is not available, or a teacher tensor requires grad outside of
-            torch.no_grad(). Nothing has been written when either is raised.
+        RuntimeError: the backend that was asked for is not available. Nothing has been written when either is raised.
+
+    Like an optimizer's step it records no gradient, and autograd notices that the teacher was written.
 
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
     check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
-    update_networks([teacher], student, call, (rules, buffers, backends.requested(backend), rounding, nonfinite))
+    update_networks([teacher], student, call, update_options(rules, buffers, backend, rounding, nonfinite))
 
 
 @torch.compiler.disable
@@ -118,8 +172,8 @@ def ema_update_(
 ) -> None:
     """Let teacher tensors follow student tensors, paired by position: ``eman_update_`` without modules and names.
 
-    Floating-point tensors are averaged, all others copied. The plan is remembered for these tensor objects (not for
-    other views of the same memory) as long as the first teacher tensor lives.
+    Floating-point tensors are averaged, all others copied. The plan is remembered for what the tensors are, not for the
+    objects: the next call may bring other views of the same memory.
 
     Args:
         teacher_tensors: tensors that are written.
@@ -129,20 +183,22 @@ def ema_update_(
     check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
     options = (backends.requested(backend), rounding, nonfinite)
-    if not teacher_tensors and not student_tensors:
+    teachers, students = list(teacher_tensors), list(student_tensors)
+    if not teachers and not students:
         return
-    tensors = list(chain.from_iterable(zip(teacher_tensors, student_tensors)))  # noqa: B905  pair_lists says so better
-    known = _lists.get(teacher_tensors[0]) if teacher_tensors else None
-    if (
-        known is None
-        or known[1] != options
-        or len(known[0]) != len(teacher_tensors) + len(student_tensors)
-        or not all(map(is_, (weak() for weak in known[0]), tensors))
-        or known[2].moved(tensors)
-    ):
-        plan = _plan(pair_lists(list(teacher_tensors), list(student_tensors)), *options)
-        known = _lists[teacher_tensors[0]] = ([ref(tensor) for tensor in tensors], options, plan)
-    _run(known[2], teacher_tensors, call)
+    check_lengths(teachers, students)
+    known = _known_lists(teachers, students)
+    roots = [teachers, students]
+    found = known.find(options, roots)
+    if found is None:
+        watch = Watch(roots)
+        tensors = watch.look(roots)
+        found = _Followed(options, watch, _plan(pair_lists(teachers, students), tensors, *options)), tensors
+        known.add(found[0])
+    plan = found[0].plan
+    _warn_of_a_stall(plan, call.momenta)
+    plan.announce(found[1])
+    plan.run(call, found[1])
 
 
 @contextmanager
@@ -174,8 +230,9 @@ def swapped(
 
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     """The plan that the last update of this pair of networks used; ``print(plan_for(...).describe())``."""
-    followed = _followed.get(teacher, {}).get(student)
-    return followed.plan if followed else None
+    known = _networks.get((id(teacher), id(student)))
+    plans = known.plans if known is not None else []
+    return next((followed.plan for followed in plans if followed.options[0] == "update"), None)
 
 
 def _stacked(momenta: list[float | Tensor]) -> Tensor:
@@ -185,53 +242,91 @@ def _stacked(momenta: list[float | Tensor]) -> Tensor:
     return torch.stack([m.double() if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
 
 
+def update_options(
+    rules: Mapping[str, Rule] | None, buffers: Rule, backend: str | None, rounding: Rounding, nonfinite: Nonfinite
+) -> tuple[object, ...]:
+    """What a plan of an update is for, besides the networks; the rules in their order."""
+    return "update", tuple(rules.items()) if rules else (), buffers, backends.requested(backend), rounding, nonfinite
+
+
 def update_networks(
     teachers: Sequence[nn.Module],
     student: nn.Module,
     call: Call,
-    options: tuple,
-    copies: Sequence[nn.Module] = (),
+    options: tuple[object, ...],
+    copies: Sequence[LowPrecision] = (),
 ) -> None:
-    """Let several networks follow one. options: rules, buffers, backend, rounding, nonfinite. copies: the teachers'
-    low-precision copies."""
-    options = (*options, *map(ref, teachers[1:]), *map(ref, copies))
-    students = _followed.setdefault(teachers[0], WeakKeyDictionary())
-    followed = students.get(student)
-    if followed is None or not followed.holds(options):
-        followed = students[student] = _follow(teachers, student, options, copies)
-    _run(followed.plan, followed.tensors[::2], call)
+    """Let several networks follow one. options: those of update_options. copies: the teachers' low-precision copies."""
+    known = _known_networks(teachers[0], student)
+    found = known.find(options, [*teachers, student, *(copy.copies for copy in copies)])
+    if found is None:
+        found = _follow(teachers, student, options, copies)
+        known.add(found[0])
+    followed, tensors = found
+    masters = [[tensors[i] for i in numbers] for numbers in followed.masters]
+    for copy, its in zip(copies, masters, strict=True):
+        copy.refresh(its)
+    _warn_of_a_stall(followed.plan, call.momenta)
+    followed.plan.announce(tensors)
+    for copy, its, which in zip(copies, masters, followed.along, strict=True):
+        copy.written(its, which)
+    followed.plan.run(call, tensors)
 
 
 def _follow(
-    teachers: Sequence[nn.Module], student: nn.Module, options: tuple, copies: Sequence[nn.Module]
-) -> _Followed:
+    teachers: Sequence[nn.Module], student: nn.Module, options: tuple, copies: Sequence[LowPrecision]
+) -> tuple[_Followed, list[Tensor]]:
     if any(teacher is student for teacher in teachers):
         raise ValueError("teacher and student are the same module; the teacher must be a copy.deepcopy of the student")
-    rules, buffers, backend, rounding, nonfinite = options[:5]
+    _, rules, buffers, backend, rounding, nonfinite = options
+    masters = [copy.follow(teacher) for teacher, copy in zip(teachers, copies, strict=False)]  # there may be none
+    roots = [*teachers, student, *(copy.copies for copy in copies)]
+    watch = Watch(roots)
+    tensors = watch.look(roots)
     pairs = []
     for group, teacher in enumerate(teachers):
-        low = named_tensors(copies[group]) if copies else {}
-        for pair in pair_modules(teacher, student, rules, buffers):
-            cast = low.get(pair.name)
-            pairs.append(replace(pair, group=group, cast=None if cast is pair.teacher else cast))
-    watch = Watch(*teachers, student)
+        # What is not float32 no kernel writes along: it is copied when it is to be read.
+        low = {}
+        if copies:
+            both = zip(masters[group], copies[group].copies, strict=True)
+            low = {id(master): copy for master, copy in both if master.dtype == torch.float32}
+        for pair in pair_modules(teacher, student, dict(rules), buffers):
+            pairs.append(replace(pair, group=group, cast=low.get(id(pair.teacher))))
+    written = {id(pair.teacher) for pair in pairs if pair.cast is not None}
+    number = {id(tensor): i for i, tensor in enumerate(tensors)}
     return _Followed(
-        options=(dict(rules) if rules is not None else None, *options[1:]),
+        options=options,
         watch=watch,
-        tensors=[tensor for pair in pairs for tensor in (pair.teacher, pair.student)],
-        plan=_plan(pairs, backend, rounding, nonfinite, also_read=watch.objects()),
-    )
+        plan=_plan(pairs, tensors, backend, rounding, nonfinite),
+        masters=[[number[id(master)] for master in its] for its in masters],
+        along=[[i for i, master in enumerate(its) if id(master) in written] for its in masters],
+    ), tensors
 
 
-def _plan(pairs: list[Pair], backend: str | None, rounding: str, nonfinite: str, also_read: Sequence = ()) -> Plan:
-    stochastic, skip_nonfinite = rounding == "stochastic", nonfinite == "skip"
-    return Plan(pairs, backend, stochastic=stochastic, skip_nonfinite=skip_nonfinite, also_read=also_read)
+def _plan(
+    pairs: list[Pair], tensors: list[Tensor], backend: str | None, rounding: Rounding, nonfinite: Nonfinite
+) -> Plan:
+    return Plan(pairs, tensors, backend, stochastic=rounding == "stochastic", skip_nonfinite=nonfinite == "skip")
 
 
 @torch.compiler.disable
-@torch.no_grad()
 def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None, backend: str | None) -> None:
-    pairs = [replace(pair, rule="swap") for pair in pair_modules(teacher, student, rules)]
+    options = "swap", tuple(rules.items()) if rules else (), backends.requested(backend)
+    known = _known_networks(teacher, student)
+    found = known.find(options, [teacher, student])
+    if found is None:
+        found = _follow_to_swap(teacher, student, options)
+        known.add(found[0])
+    followed, tensors = found
+    followed.plan.announce(tensors)
+    followed.plan.swap(tensors)
+
+
+def _follow_to_swap(teacher: nn.Module, student: nn.Module, options: tuple) -> tuple[_Followed, list[Tensor]]:
+    _, rules, backend = options
+    watch = Watch([teacher, student])
+    tensors = watch.look([teacher, student])
+    pairs = [replace(pair, rule="swap") for pair in pair_modules(teacher, student, dict(rules))]
     differing = [
         f"{pair.name}: the teacher is {pair.teacher.dtype}, the student {pair.student.dtype}"
         for pair in pairs
@@ -240,9 +335,7 @@ def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | No
     if differing:
         remedy = "Evaluate the teacher itself, or give both the same dtype."
         check([], differing, remedy, head="what is exchanged would not come back as it was; nothing was written.")
-    plan = Plan(pairs, backends.requested(backend))
-    torch.autograd.graph.increment_version([t for pair in pairs for t in (pair.teacher, pair.student)])
-    plan.swap()
+    return _Followed(options, watch, Plan(pairs, tensors, backend)), tensors
 
 
 @lru_cache  # bounded: a seed may be another in each step
@@ -268,9 +361,11 @@ def call_of(
 
     Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
     """
-    momenta = list(map(as_momentum, momenta))
-    if not {float}.issuperset(map(type, momenta)):
-        momenta = momenta[0] if len(momenta) == 1 else _stacked(momenta)
+    momenta = [as_momentum(momentum) for momentum in momenta]
+    for momentum in momenta:
+        if type(momentum) is not float:
+            momenta = momenta[0] if len(momenta) == 1 else _stacked(momenta)
+            break
     if found_inf is not None:
         if found_inf.numel() != 1:
             raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
@@ -292,6 +387,8 @@ def _check_counter(name: str, counter: Tensor) -> None:
 
 def as_momentum(momentum: float | Tensor) -> float | Tensor:
     """A float in [0, 1], or the tensor that may hold one. Raises TypeError or ValueError for anything else."""
+    if type(momentum) is float and 0.0 <= momentum <= 1.0:
+        return momentum
     if isinstance(momentum, Tensor):
         if momentum.dim() or momentum.dtype not in (torch.float32, torch.float64):
             what = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
@@ -305,24 +402,10 @@ def as_momentum(momentum: float | Tensor) -> float | Tensor:
     return momentum if isinstance(momentum, Tensor) else float(momentum)
 
 
-def _run(plan: Plan, teachers: Sequence[Tensor], call: Call) -> None:
-    if torch.is_grad_enabled() and any(map(Tensor.requires_grad.__get__, teachers)):
-        name = next(name for name, tensor in zip(plan.names, teachers, strict=True) if tensor.requires_grad)
-        raise RuntimeError(
-            f"{name}: the teacher requires grad and is updated in place: call teacher.requires_grad_(False) once, or "
-            f"update under torch.no_grad(). Nothing was written."
-        )
-    if plan.stalls_below and not isinstance(call.momenta, Tensor):
-        _warn_of_a_stall(plan, max(call.momenta))
-    # Autograd does not see what a kernel writes. Untold, it would not notice a backward pass that needs the old values.
-    # Told now, while the tensors are in the cache that the kernel will fill with elements.
-    torch.autograd.graph.increment_version(teachers)
-    plan.run(call)
-
-
-def _warn_of_a_stall(plan: Plan, momentum: float) -> None:
-    if 0 < 1 - momentum < plan.stalls_below:
-        plan.stalls_below = 0.0  # once
+def _warn_of_a_stall(plan: Plan, momenta: list[float] | Tensor) -> None:
+    """Once, where the teacher will hardly move."""
+    if plan.stalls_below and not isinstance(momenta, Tensor) and 0 < 1 - max(momenta) < plan.stalls_below:
+        plan.stalls_below = 0.0
         # Whose line it is stands above ours and those of torch's decorators.
         level, frame = 1, sys._getframe()
         while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
@@ -331,8 +414,8 @@ def _warn_of_a_stall(plan: Plan, momentum: float) -> None:
         ):
             level, frame = level + 1, frame.f_back
         warnings.warn(
-            f"at momentum {momentum} a half-precision teacher rounded to nearest stands still: elements within a tenth "
-            "of the student's move by less than half an ulp. Take rounding='stochastic', or a float32 teacher "
+            f"at momentum {max(momenta)} a half-precision teacher rounded to nearest stands still: elements within a "
+            "tenth of the student's move by less than half an ulp. Take rounding='stochastic', or a float32 teacher "
             "(EMANTeacher(student, dtype=torch.float32)).",
             stacklevel=level,
         )

@@ -1,49 +1,107 @@
-"""A teacher's copy in a half type, for its forward; the update writes it along with the teacher."""
+"""A teacher's tensors in a half type, for its forward; the update writes them along with the teacher."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .pairing import Watch
+from .watch import Watch
+
+_versions = attrgetter("_version")
 
 
 class LowPrecision:
-    """A network's copy in a half type, which shares what need not be one: BatchNorm, integers, and half tensors."""
+    """Copies in a half type of those tensors of a network, the master, that its forward is to read in that type.
 
-    def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
-        norms = [module for module in master.modules() if isinstance(module, _BatchNorm)]
-        kept = {id(tensor) for norm in norms for tensor in _tensors(norm)}
-        self._masters = list(_tensors(master))
-        replaced = {id(t): t if id(t) in kept else _narrowed(t, dtype) for t in self._masters}
-        self.module = copy.deepcopy(master, memo=replaced).eval()
-        self._watch = Watch(master)
-        self.seen()
+    It knows of each whether the master was written since, but for writes that torch does not record.
+    """
 
-    def seen(self) -> None:
-        """It is what the master is now."""
-        self._versions = self._places()
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.tensors: dict[str, Tensor] = {}  # by every name that the master has for them
+        self.copies: list[Tensor] = []  # each once
+        self._watch: Watch | None = None
 
-    def is_true(self) -> bool:
-        """Whether nobody but the update has changed the master since."""
-        return not self._watch.changed() and self._versions == self._places()
+    def follow(self, master: nn.Module) -> list[Tensor]:
+        """Make true what is not, and all of it anew for another network, or one that is no longer what it was.
 
-    def _places(self) -> list[tuple[int, int]]:
-        return [(tensor._version, tensor.data_ptr()) for tensor in self._masters]
+        Returns the master's tensors that `copies` are of, in that order.
+        """
+        found = self._watch.look([master]) if self._watch is not None else None
+        if found is None:
+            return self._make(master)
+        masters = [found[i] for i in self._at]
+        self.refresh(masters)
+        return masters
+
+    def refresh(self, masters: Sequence[Tensor]) -> None:
+        """`follow`, where these are known to be the master's tensors, of the shapes and dtypes that they had."""
+        seen = list(map(id, masters)), list(map(_versions, masters))
+        if seen == self._seen and not any(map(StorageWeakRef.expired, self._storages)):
+            return
+        stale = [
+            i
+            for i, (was, now, storage) in enumerate(
+                zip(zip(*self._seen, strict=True), zip(*seen, strict=True), self._storages, strict=True)
+            )
+            if was != now or storage.expired()
+        ]
+        torch._foreach_copy_([self.copies[i] for i in stale], [masters[i] for i in stale])
+        self._see(masters)
+
+    def written(self, masters: Sequence[Tensor], which: Sequence[int]) -> None:
+        """These of the masters have been written, and their copies with them."""
+        _, versions = self._seen
+        for i in which:
+            versions[i] = masters[i]._version
+
+    def forget(self) -> None:
+        """Take none of the copies for true."""
+        self._seen[1][:] = [-1] * len(self.copies)
+
+    def _make(self, master: nn.Module) -> list[Tensor]:
+        watch = Watch([master])
+        found = watch.look([master])
+        at = {id(tensor): number for number, tensor in enumerate(found)}
+        copies: dict[tuple[int, torch.dtype], Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        # Inference mode would make copies that cannot be written once it has ended.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor, dtype in narrowed(master, self.dtype):
+                key = id(tensor), dtype
+                if key not in copies:
+                    copies[key] = tensor.to(dtype)
+                tensors[name] = copies[key]
+        self._watch, self._at = watch, [at[key] for key, _ in copies]
+        self.tensors, self.copies = tensors, list(copies.values())
+        masters = [found[i] for i in self._at]
+        self._see(masters)
+        return masters
+
+    def _see(self, masters: Sequence[Tensor]) -> None:
+        # An object's address and its version can come again with other values; a storage's cannot while a weak
+        # reference to it is held, which keeps no memory of elements. One to the tensor would forbid swap_tensors.
+        self._seen = list(map(id, masters)), list(map(_versions, masters))
+        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in masters]
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or tensor.element_size() <= dtype.itemsize:
-        return tensor
-    low = tensor.detach().to(dtype)
-    return nn.Parameter(low, requires_grad=False) if isinstance(tensor, nn.Parameter) else low
+def narrowed(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Name, tensor and dtype of what a forward in this half type must not read as it is.
 
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
+    BatchNorm stays in float32, which torch's takes beside half inputs, or in the half type itself.
+    """
+    norms = {name for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
+    for name, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        is_norm = name.rpartition(".")[0] in norms
+        wanted = torch.float32 if is_norm and tensor.dtype != dtype else dtype
+        if tensor.is_floating_point() and tensor.element_size() >= dtype.itemsize and tensor.dtype != wanted:
+            yield name, tensor, wanted
 
 
 def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:
@@ -52,7 +110,8 @@ def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:
         return
     if cast not in (torch.bfloat16, torch.float16):
         raise ValueError(f"cast must be torch.bfloat16 or torch.float16, and is {cast}")
-    widest = max((t.element_size() for t in _tensors(module) if t.is_floating_point()), default=0)
+    tensors = chain(module.parameters(), module.buffers())
+    widest = max((t.element_size() for t in tensors if t.is_floating_point()), default=0)
     if widest <= cast.itemsize:
         raise ValueError(
             f"cast={cast} is no narrower than the teacher, which would be its own copy; leave cast away, or take "

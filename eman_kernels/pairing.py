@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import chain
-from operator import is_
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +29,7 @@ class Pair:
     student: Tensor
     rule: str
     group: int = 0  # which of several teachers of the student this is of
-    cast: Tensor | None = None  # the teacher tensor's low-precision copy
+    cast: Tensor | None = None  # the teacher tensor's low-precision copy, written along
     first: int = 0  # the number of its first element, by which stochastic rounding draws
 
 
@@ -100,10 +99,14 @@ def pair_modules(
     return pairs
 
 
-def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
-    """Pair two lists by position, each tensor by its default rule."""
+def check_lengths(teacher: list[Tensor], student: list[Tensor]) -> None:
+    """Raises ValueError for lists that cannot be paired by position."""
     if len(teacher) != len(student):
         raise ValueError(f"{len(teacher)} teacher tensors and {len(student)} student tensors: they must be as many")
+
+
+def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
+    """Pair two lists of one length by position, each tensor by its default rule."""
     both = enumerate(zip(teacher, student, strict=True))
     pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in both]
     check(pairs)
@@ -160,30 +163,3 @@ def _computes(dtype: torch.dtype) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-class Watch:
-    """Notices that a module tree holds other tensors or modules than when it was made.
-
-    Keeps the dicts in which modules hold their own, not the roots: those may die.
-    """
-
-    def __init__(self, *roots: nn.Module) -> None:
-        modules = [module for root in roots for module in root.modules()]
-        held = [own for m in modules for own in (m._parameters, m._buffers, m._modules)]
-        self._empty = [own for own in held if not own]
-        self._full = [own for own in held if own]
-        # Views are live: each iteration sees what the dict holds then.
-        self._views = [own.values() for own in self._full]
-        self._seen = list(self._held())
-
-    def _held(self) -> Iterable[object]:
-        # The end mark makes a list that grew or shrank differ in its last place.
-        return chain(chain.from_iterable(self._views), (Watch,))
-
-    def changed(self) -> bool:
-        return any(self._empty) or not all(map(is_, self._held(), self._seen))
-
-    def objects(self) -> list[object]:
-        """What `changed` reads."""
-        return [*self._empty, *self._full, *self._views]

@@ -1,18 +1,17 @@
-"""Pairs -> the table of chunks. The only room that knows addresses; it notices when they move."""
+"""Pairs -> the table of chunks. The only room that knows addresses."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import compress
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backends
-from .backends import extension, reference
-from .pairing import Pair
+from .backends import reference
+from .pairing import Pair, check
+from .watch import increment_versions, is_plain
 
 # csrc/chunk.h, in Python's words.
 CHUNK_SIZE = 16384
@@ -53,63 +52,52 @@ class Call:
         return numbers and self.found_inf is None and self.skipped is None
 
 
-@dataclass
+class Place(NamedTuple):
+    """What a plan keeps of a pair: no tensor, but its number among those that the watch finds."""
+
+    teacher: int
+    student: int
+    cast: int | None
+    rule: str
+    group: int
+    first: int
+
+
 class Work:
-    """What one backend does on one device in one call."""
+    """What one backend does on one device in one call.
 
-    device: torch.device
-    backend: ModuleType
-    pairs: list[Pair]  # of one student tensor behind one another, a teacher each
-    n_teachers: int = 1
-    stochastic: bool = False
-    skip_nonfinite: bool = False
+    pairs: those of one student tensor behind one another, a teacher each. at: the number of each tensor, by its id.
+    """
 
-    def __post_init__(self) -> None:
-        self.stochastic &= any(pair.rule == "ema" and pair.teacher.dtype in _EPSILON for pair in self.pairs)
-        self.casts = any(pair.cast is not None for pair in self.pairs)
+    def __init__(
+        self,
+        device: torch.device,
+        backend: ModuleType,
+        pairs: list[Pair],
+        at: dict[int, int],
+        n_teachers: int = 1,
+        stochastic: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        self.device = device
+        self.backend = backend
+        self.n_teachers = n_teachers
+        self.stochastic = stochastic and any(p.rule == "ema" and p.teacher.dtype in _EPSILON for p in pairs)
+        self.skip_nonfinite = skip_nonfinite
+        self.casts = any(pair.cast is not None for pair in pairs)
         # The kernels for one teacher, rounded to nearest, and no more, are the fast ones.
-        self.general = self.n_teachers > 1 or self.stochastic or self.skip_nonfinite or self.casts
-
-    @cached_property
-    def table(self) -> Tensor:
-        """The chunk records, int64 [n_pieces * n_teachers, 4] on the device; csrc/chunk.h says what they hold.
-
-        Full chunks come first: the small tensors then fill the tail of the run instead of opening it.
-        """
-        columns = _on_host(number for pair in self.pairs for number in self._record(pair))
-        teacher, student, extra, numel, code, teacher_bytes, student_bytes, extra_bytes = columns.view(
-            -1, self.n_teachers, 8
-        ).unbind(-1)
-        chunks = (numel[:, 0] + CHUNK_SIZE - 1) // CHUNK_SIZE
-        which = _on_host(range(len(numel))).repeat_interleave(chunks)
-        first = (_on_host(range(len(which))) - (chunks.cumsum(0) - chunks)[which])[:, None] * CHUNK_SIZE
-        length = (numel[which] - first).clamp(max=CHUNK_SIZE)
-        teacher = teacher[which] + first * teacher_bytes[which]
-        student = student[which] + first * student_bytes[which]
-        extra = extra[which] + first * extra_bytes[which]
-        addresses = teacher | student | torch.where(extra_bytes[which] == 2, extra, 0)
-        vector16 = (addresses % 16 == 0).all(1, keepdim=True).long() * VECTOR16
-        packed = length | code[which] << 32 | vector16 << 48
-        table = torch.stack([teacher, student, extra, packed], dim=-1)
-        return table[length[:, 0].argsort(descending=True, stable=True)].view(-1, 4).to(self.device)
-
-    def _record(self, pair: Pair) -> tuple[int, ...]:
-        """What a pair's chunks are cut from; the code with the flags that all of them have."""
-        teacher, student, cast = pair.teacher, pair.student, pair.cast
-        code, extra, extra_bytes = pair_code(pair), 0, 0
-        if pair.rule == "copy" and teacher.is_floating_point() and (cast is not None or self.skip_nonfinite):
-            code = PAIR_CODES["ema", teacher.dtype, teacher.dtype] | COPIED << 16
-        if cast is not None:
-            code |= (cast.dtype == torch.float16) * CAST_TO_HALF << 16
-            extra, extra_bytes = cast.data_ptr(), 2
-        elif teacher.dtype in _EPSILON:
-            extra, extra_bytes = pair.first, 1
-        sizes = teacher.element_size(), student.element_size(), extra_bytes
-        return teacher.data_ptr(), student.data_ptr(), extra, teacher.numel(), code, *sizes
-
-    @cached_property
-    def n_pieces(self) -> int:
-        return len(self.table) // self.n_teachers
+        self.general = n_teachers > 1 or self.stochastic or skip_nonfinite or self.casts
+        self.numel = sum(pair.teacher.numel() for pair in pairs)  # the teachers' elements
+        # (rule, teacher's dtype, student's dtype) -> the pairs that it holds for
+        self.places: dict[tuple[str, torch.dtype, torch.dtype], list[Place]] = {}
+        for p in pairs:
+            cast = None if p.cast is None else at[id(p.cast)]
+            place = Place(at[id(p.teacher)], at[id(p.student)], cast, p.rule, p.group, p.first)
+            self.places.setdefault((p.rule, p.teacher.dtype, p.student.dtype), []).append(place)
+        self.table = None
+        if backend.TAKES_TABLE:
+            self.table = table(pairs, n_teachers, skip_nonfinite).to(device)
+            self.n_pieces = len(self.table) // n_teachers
 
     def keep_table(self) -> None:
         """Keep the table's memory until the current stream of its device, where it was just launched, has read it."""
@@ -120,61 +108,48 @@ class Work:
             # The plan may go while the kernel waits on a stream that the table was not made on.
             self.table.record_stream(module.current_stream(self.device))
 
-    @cached_property
-    def numel(self) -> int:
-        """The teachers' elements."""
-        return sum(pair.teacher.numel() for pair in self.pairs)
-
 
 class Plan:
-    """How to update these pairs: made once, run many times, until `moved`.
+    """How to update these pairs: made once, run many times, as long as a watch finds the tensors as they were.
 
-    It keeps the memory of its tensors alive, so that an address that has not changed is that memory still, and not the
-    tensor objects, so that they can die.
+    It keeps no tensor but its own tables. tensors: what the watch finds, in its order; `run` and `swap` take them anew.
     Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
     that was asked for cannot do the work.
 
     stochastic: round half teachers up or down at random. skip_nonfinite: leave a teacher's element where the student's
-    is NaN or infinite. also_read: objects that the caller looks at in each step, after `moved`.
+    is NaN or infinite.
     """
 
     def __init__(
         self,
         pairs: list[Pair],
+        tensors: Sequence[Tensor],
         backend: str | None = None,
         *,
         stochastic: bool = False,
         skip_nonfinite: bool = False,
-        also_read: Sequence[object] = (),
     ) -> None:
-        tensors = [tensor for pair in pairs for tensor in (pair.teacher, pair.student)]
-        self._with_address = list(map(_is_plain, tensors))
-        self._addresses = self._addresses_of(tensors)
-        self._lines = _lines(list(compress(tensors, self._with_address)), also_read)
-        self._dicts = [thing for thing in also_read if type(thing) is dict]
-        self._dict_lines = _on_host(map(id, self._dicts))
-        self._to_prefetch = [n for t in (self._lines, self._dict_lines) for n in (t.data_ptr(), len(t))]
-        self.names = [pair.name for pair in pairs]
+        at = {id(tensor): number for number, tensor in enumerate(tensors)}
+        check([], [f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair, at))])
+        written = [pair.teacher for pair in pairs] + [pair.student for pair in pairs if pair.rule == "swap"]
+        self._written = torch.tensor([at[id(tensor)] for tensor in written], dtype=torch.int64, device="cpu")
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
-        # Inference mode would make aliases that cannot be written once it has ended.
-        with torch.inference_mode(False):
-            pairs = [replace(pair, teacher=_alias(pair.teacher), student=_alias(pair.student)) for pair in pairs]
-        self.pairs = _numbered(_without_ties_and_empties(pairs))
-        _check_memory(self.pairs)
+        pairs = _numbered(_without_ties_and_empties(pairs))
+        _check_memory(pairs)
         # Below this weight, elements that are a tenth away from the student's do not move: half an ulp is a quarter of
         # epsilon of them, or more.
-        halves = [pair.teacher.dtype for pair in self.pairs if pair.rule == "ema" and pair.teacher.dtype in _EPSILON]
+        halves = [pair.teacher.dtype for pair in pairs if pair.rule == "ema" and pair.teacher.dtype in _EPSILON]
         self.stalls_below = 0.0 if stochastic else max((10 * _EPSILON[dtype] / 4 for dtype in halves), default=0.0)
 
         self.ineligible: dict[str, str] = {}
-        on_cuda = any(pair.teacher.is_cuda or pair.student.is_cuda for pair in self.pairs)
+        on_cuda = any(pair.teacher.is_cuda or pair.student.is_cuda for pair in pairs)
         if on_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the plan of this update must be made before a CUDA graph is captured, because its table is copied to "
                 "the device: call update() once before the capture, and do not move tensors in between"
             )
         bundles: dict[str, list[Pair]] = {}
-        for pair in self.pairs:
+        for pair in pairs:
             bundles.setdefault(pair.name, []).append(pair)
         by_device: dict[torch.device, list[Pair]] = {}
         rest: list[Pair] = []
@@ -184,26 +159,18 @@ class Plan:
                 rest += bundle
             else:
                 by_device.setdefault(bundle[0].teacher.device, []).extend(bundle)
-        options = self.n_teachers, stochastic, skip_nonfinite
+        options = at, self.n_teachers, stochastic, skip_nonfinite
         self.works = [
             Work(device, backends.choose(device, backend), pairs, *options) for device, pairs in by_device.items()
         ]
         if rest:
             self.works.append(Work(rest[0].teacher.device, reference, rest, *options))
-        for work in self.works:
-            if work.backend.TAKES_TABLE:
-                work.table  # noqa: B018  now, and not in the first step
 
-    def _addresses_of(self, tensors: list[Tensor]) -> list[int]:
-        return list(map(Tensor.data_ptr, compress(tensors, self._with_address)))
+    def announce(self, tensors: list[Tensor]) -> None:
+        """Tell autograd of the writing to come: now, while the tensors are in the cache that a kernel will fill."""
+        increment_versions(tensors, self._written)
 
-    def moved(self, tensors: list[Tensor]) -> bool:
-        """Whether one lies elsewhere than when the plan was made. tensors: teacher, student, teacher, student ..."""
-        if extension.C is not None:
-            extension.C.prefetch(*self._to_prefetch)
-        return self._addresses_of(tensors) != self._addresses
-
-    def run(self, call: Call) -> None:
+    def run(self, call: Call, tensors: Sequence[Tensor]) -> None:
         """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""
         if not call.is_by_value():
             if call.found_inf is not None and call.found_inf.device.type == "cpu":
@@ -215,7 +182,7 @@ class Plan:
                 if isinstance(tensor, Tensor):
                     self._check_device(name, tensor.device)
         for work in self.works:
-            work.backend.run(work, call)
+            work.backend.run(work, call, tensors)
 
     def _check_device(self, name: str, device: torch.device) -> None:
         for work in self.works:
@@ -226,23 +193,88 @@ class Plan:
                     "written."
                 )
 
-    def swap(self) -> None:
+    def swap(self, tensors: Sequence[Tensor]) -> None:
         """Exchange the pairs' values, in place."""
         for work in self.works:
-            work.backend.swap(work)
+            work.backend.swap(work, tensors)
 
     def describe(self) -> str:
         """What is updated how, by which backend, and what is not eligible for the fast path and why."""
         lines = []
         for work in self.works:
-            kinds = Counter(f"{p.rule} {_short(p.teacher)} <- {_short(p.student)}" for p in work.pairs)
-            table = f", {len(work.table)} chunks" if work.backend.TAKES_TABLE else ""
+            kinds = [f"{len(places)} {rule} {_short(t)} <- {_short(s)}" for (rule, t, s), places in work.places.items()]
+            chunks = f", {len(work.table)} chunks" if work.table is not None else ""
             lines.append(
-                f"{work.device}: {work.backend.NAME} updates {len(work.pairs)} tensors, {work.numel} elements{table} "
-                f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+                f"{work.device}: {work.backend.NAME} updates {sum(map(len, work.places.values()))} tensors, "
+                f"{work.numel} elements{chunks} ({', '.join(kinds)})"
             )
         lines += [f"  {name}: by the reference, because {reason}" for name, reason in self.ineligible.items()]
         return "\n".join(lines)
+
+
+def _fault(pair: Pair, at: dict[int, int]) -> str | None:
+    """What is wrong with a pair that pairing could not see."""
+    for who, tensor in (("teacher", pair.teacher), ("student", pair.student)):
+        if id(tensor) not in at:
+            return f"no module holds the {who} that named_parameters() or named_buffers() gives"
+    teacher, cast = pair.teacher, pair.cast
+    if cast is not None and (
+        cast.shape != teacher.shape or cast.device != teacher.device or cast.dtype not in _EPSILON
+    ):
+        what = [f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (teacher, cast)]
+        return f"the teacher is {what[0]}, its low-precision copy {what[1]}"
+    return None
+
+
+def table(pairs: Sequence[Pair], n_teachers: int = 1, skip_nonfinite: bool = False) -> Tensor:
+    """The chunk records, int64 [n_pieces * n_teachers, 4]; csrc/chunk.h says what they hold.
+
+    pairs: those of one student tensor behind one another, a teacher each.
+
+    Full chunks come first: the small tensors then fill the tail of the run instead of opening it. Plain Python, because
+    torch's own loops start OpenMP's threads, for which a forked child waits forever.
+    """
+    pieces: list[tuple[int, list[int]]] = []
+    for bundle in (pairs[i : i + n_teachers] for i in range(0, len(pairs), n_teachers)):
+        numel = bundle[0].teacher.numel()
+        by_dtype = skip_nonfinite or any(pair.cast is not None for pair in bundle)
+        whole = [_record(pair, by_dtype) for pair in bundle]
+        for first in range(0, numel, CHUNK_SIZE):
+            length = min(CHUNK_SIZE, numel - first)
+            words: list[int] = []
+            for (teacher, student, extra, code), (teacher_bytes, student_bytes, extra_bytes) in whole:
+                words += (
+                    teacher + first * teacher_bytes,
+                    student + first * student_bytes,
+                    extra + first * extra_bytes,
+                    length | code << 32,
+                )
+            pieces.append((length, words))
+    pieces.sort(key=lambda piece: -piece[0])
+    words = [word for _, piece in pieces for word in piece]
+    return torch.tensor(words, dtype=torch.int64, device="cpu").view(-1, 4)
+
+
+def _record(pair: Pair, by_dtype: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
+    """The record of the whole pair as if it were one chunk, its code with the flags, and by how much an element moves
+    each address. by_dtype: a copy is told from others of its width.
+
+    Chunks are a multiple of 16 elements, so that all are aligned as the first.
+    """
+    teacher, student, cast = pair.teacher, pair.student, pair.cast
+    code, extra, extra_bytes = pair_code(pair), 0, 0
+    addresses = teacher.data_ptr() | student.data_ptr()
+    if pair.rule == "copy" and teacher.is_floating_point() and by_dtype:
+        code = PAIR_CODES["ema", teacher.dtype, teacher.dtype] | COPIED << 16
+    if cast is not None:
+        code |= (cast.dtype == torch.float16) * CAST_TO_HALF << 16
+        extra, extra_bytes = cast.data_ptr(), 2
+        addresses |= extra
+    elif teacher.dtype in _EPSILON:
+        extra, extra_bytes = pair.first, 1
+    code |= (addresses % 16 == 0) * VECTOR16 << 16
+    sizes = teacher.element_size(), student.element_size(), extra_bytes
+    return (teacher.data_ptr(), student.data_ptr(), extra, code), sizes
 
 
 def pair_code(pair: Pair) -> int | None:
@@ -270,17 +302,19 @@ def _ineligible(bundle: list[Pair], n_teachers: int, skip_nonfinite: bool) -> st
 
 def ineligible(pair: Pair) -> str | None:
     """Why the reference must update this pair; None if it can be cut into chunks."""
-    teacher, student = pair.teacher, pair.student
-    if not (_is_plain(teacher) and _is_plain(student)):
+    teacher, student, cast = pair.teacher, pair.student, pair.cast
+    if not (is_plain(teacher) and is_plain(student)):
         return f"it is a {type(teacher).__name__} that follows a {type(student).__name__}"
     if teacher.device != student.device:
         return f"the teacher is on {teacher.device}, the student on {student.device}"
     if pair_code(pair) is None:
-        return f"no kernel does {pair.rule} of {_short(student)} into {_short(teacher)}"
+        return f"no kernel does {pair.rule} of {_short(student.dtype)} into {_short(teacher.dtype)}"
     if teacher.is_conj() or student.is_conj() or teacher.is_neg() or student.is_neg():
         return "it is a lazy conjugate or negative view"
     if _strides(teacher) != _strides(student):
         return f"the teacher's strides are {teacher.stride()}, the student's {student.stride()}"
+    if cast is not None and _strides(teacher) != _strides(cast):
+        return f"the teacher's strides are {teacher.stride()}, its low-precision copy's {cast.stride()}"
     if _extent(teacher) != teacher.numel():
         return f"it is not dense: shape {tuple(teacher.shape)}, strides {teacher.stride()}"
     if teacher.data_ptr() % teacher.element_size() or student.data_ptr() % student.element_size():
@@ -288,31 +322,8 @@ def ineligible(pair: Pair) -> str | None:
     return None
 
 
-def _lines(tensors: list[Tensor], others: Sequence[object]) -> Tensor:
-    """Addresses of the cache lines that a data_ptr of these tensors and a look at the others touch: hints, no more."""
-    lines = [id(thing) for thing in (*tensors, *others)]
-    for tensor in tensors:
-        storage = tensor.untyped_storage()._cdata
-        lines += [tensor._cdata, tensor._cdata + 64, tensor._cdata + 128, storage, storage + 64]
-    return _on_host(lines)
-
-
-def _on_host(numbers: Iterable[object]) -> Tensor:
-    """int64, in the host's memory whatever torch.set_default_device says."""
-    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory as another object. A subclass keeps to itself where its memory is: it stands for itself."""
-    return tensor.detach() if _is_plain(tensor) else tensor
-
-
-def _short(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -369,7 +380,7 @@ def _numbered(pairs: list[Pair]) -> list[Pair]:
 
 
 def _place(tensor: Tensor) -> object:
-    if not _is_plain(tensor):
+    if not is_plain(tensor):
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
@@ -382,8 +393,9 @@ def _check_memory(pairs: list[Pair]) -> None:
         for who, tensor, written in (
             (teacher, pair.teacher, True),
             ("the student", pair.student, pair.rule == "swap"),
+            (f"{teacher}'s low-precision copy", pair.cast, True),
         ):
-            if not _is_plain(tensor):
+            if tensor is None or not is_plain(tensor):
                 continue
             if written and _overlaps_itself(tensor):
                 raise ValueError(

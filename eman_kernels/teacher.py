@@ -9,11 +9,21 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from .backends import requested
-from .functional import Nonfinite, Rounding, as_momentum, call_of, check_modes, swapped, update_networks
-from .low_precision import LowPrecision, check_cast
+from .functional import (
+    Nonfinite,
+    Rounding,
+    as_momentum,
+    call_of,
+    check_modes,
+    swapped,
+    update_networks,
+    update_options,
+)
+from .low_precision import LowPrecision, check_cast, narrowed
 from .pairing import Rule, check_rules, unwrap
 from .plan import MAX_TEACHERS
 
@@ -102,7 +112,6 @@ class EMANTeacher(nn.Module):
         self.eval()
 
     @torch.compiler.disable
-    @torch.no_grad()
     def update(
         self,
         student: nn.Module | None = None,
@@ -151,7 +160,24 @@ class EMANTeacher(nn.Module):
         if self.cast is None:
             return self.module(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, self._as_cast, (args, kwargs))
-        return self._low_precision().module(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            # A graph cannot ask whether the copy is true. It casts what it reads, and so is never wrong.
+            low = {name: tensor.to(dtype) for name, tensor, dtype in narrowed(self.module, self.cast)}
+        else:
+            low = self._low_precision().tensors
+        return functional_call(self.module, low, args, kwargs, tie_weights=False)
+
+    def refresh(self) -> None:
+        """Make the low-precision copy of ``cast`` anew.
+
+        Needed after writes to the teacher that torch does not record: ``p.data.copy_()``, ``p.data.mul_()`` and the
+        like, collective operations such as ``torch.distributed.broadcast(p, 0)``, NumPy views, kernels of your own.
+        What torch records is noticed without it: in-place operations, ``load_state_dict``, ``.to()``, ``swapped``, new
+        tensors and layers. Under ``torch.compile`` it is not needed at all: the graph casts the teacher itself.
+        """
+        if self._copy is not None:
+            self._copy.forget()
+            self._copy.follow(self.module)
 
     def train(self, mode: bool = True) -> "EMANTeacher":
         """Stays in eval mode whatever the mode: the teacher's BatchNorm never normalises with its own batch."""
@@ -183,9 +209,10 @@ class EMANTeacher(nn.Module):
     def _as_cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.cast) if tensor.is_floating_point() else tensor
 
-    def _low_precision(self) -> "LowPrecision":
-        if self._copy is None or not (torch.compiler.is_compiling() or self._copy.is_true()):
-            self._copy = LowPrecision(self.module, self.cast)
+    def _low_precision(self) -> LowPrecision:
+        if self._copy is None or self._copy.dtype != self.cast:
+            self._copy = LowPrecision(self.cast)
+        self._copy.follow(self.module)
         return self._copy
 
     def _device(self) -> torch.device:
@@ -239,7 +266,6 @@ class EMANTeachers(nn.Module):
         self.teachers = nn.ModuleList(EMANTeacher(student, momentum, **options) for momentum in momenta)
 
     @torch.compiler.disable
-    @torch.no_grad()
     def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
         """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
         _update(list(self.teachers), student, None, found_inf)
@@ -275,26 +301,27 @@ def _update(
 ) -> None:
     first = teachers[0]
     student = first._followed(student)
-    networks, momenta, copies = [], [], []
+    networks, momenta = [], []
     for teacher in teachers:
         if teacher._swapped:
             raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
         teacher._prepare(found_inf)
         networks.append(teacher.module)
         momenta.append(_momentum(teacher) if momentum is None else momentum)
-        if teacher.cast is not None:
-            copies.append(teacher._low_precision())
+    copies = []
+    # A copy that no forward has asked for yet need not be written along.
+    if first.cast is not None and any(teacher._copy is not None for teacher in teachers):
+        copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
     step = first._step if first.rounding == "stochastic" else None
     call = call_of(momenta, found_inf, first.seed, step, first.skipped)
-    options = (first.rules, first.buffer_rule, requested(first.backend), first.rounding, first.nonfinite)
-    update_networks(networks, student, call, options, [copy.module for copy in copies] if copies else copies)
-    for copy in copies:
-        copy.seen()
+    options = update_options(first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite)
+    update_networks(networks, student, call, options, copies)
     for teacher in teachers:
         if teacher._student is None or teacher._student() is not student:
             teacher._student = ref(student)
         if found_inf is None:
-            teacher._step += 1
+            # Not by nn.Module's setattr, which looks among parameters and modules first: a tenth of a cold step.
+            teacher.__dict__["_step"] += 1
         elif isinstance(teacher._step, Tensor):
             teacher._step += found_inf.reshape(()).to(teacher._step.device) == 0
         else:

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from eman_kernels import backends
+from eman_kernels.pairing import Pair
+from eman_kernels.plan import Plan, Work
 
 EMA_PAIRS = [
     (torch.float32, torch.float32),
@@ -60,6 +63,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def tensors_of(pairs: list[Pair]) -> list[Tensor]:
+    """All that a plan of these pairs runs on."""
+    return [tensor for p in pairs for tensor in (p.teacher, p.student, p.cast) if tensor is not None]
+
+
+def planned(pairs: list[Pair], backend: str | None = None, **options: bool) -> tuple[Plan, list[Tensor]]:
+    """A plan, and the tensors that it runs on."""
+    tensors = tensors_of(pairs)
+    return Plan(pairs, tensors, backend, **options), tensors
+
+
+def work_of(pairs: list[Pair], backend: ModuleType, device: torch.device, *options: object, **more: object) -> Work:
+    """What one backend does for these pairs, eligible or not."""
+    return Work(device, backend, pairs, {id(t): i for i, t in enumerate(tensors_of(pairs))}, *options, **more)
 
 
 class Guarded:

@@ -15,6 +15,7 @@ from conftest import (
     comparison,
     is_interpreted,
     lerp,
+    planned,
     values,
 )
 
@@ -147,13 +148,12 @@ def test_cpu_kernel_uses_several_threads_with_the_same_bits():
     from eman_kernels import _C
     from eman_kernels.backends import cpu
     from eman_kernels.pairing import pair_lists
-    from eman_kernels.plan import Plan
 
     teacher, student = torch.randn(1_000_003), torch.randn(1_000_003)
     want = lerp(teacher, student, 0.9)
     for threads in (1, 2, 5):
         mine = teacher.clone()
-        (work,) = Plan(pair_lists([mine], [student]), "cpu").works
+        (work,) = planned(pair_lists([mine], [student]), "cpu")[0].works
         _C.update_cpu(_C.Call(work.table.data_ptr(), [0.9]), len(work.table), False, threads)
         assert_same_bits(mine, want, f"{threads} threads")
     assert cpu.threads(10) == 1

@@ -11,7 +11,7 @@ from torch import nn
 
 import eman_kernels
 from eman_kernels import EMANTeacher, EMANTeachers, backends, ema_update_, eman_update_, plan, plan_for, schedules
-from eman_kernels.backends import cuda
+from eman_kernels.backends import cuda, reference
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
 
@@ -101,7 +101,7 @@ def test_a_captured_graph_replays_and_outlives_its_plan(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         eman_update_(teacher, student, 0.5, backend=backend)
-    eman_kernels.functional._followed.clear()
+    eman_kernels.functional._networks.clear()
     garbage = [torch.full((8, 4), -1, device="cuda") for _ in range(100)]
     for _ in range(3):
         with torch.no_grad():
@@ -343,18 +343,18 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
     monkeypatch.setattr(plan, "_captured_tables", kept := [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    work = plan.Work(torch.device("cuda", 1), cuda, [])
-    work.table = table
+    # Made for a backend that takes no table, so that nothing is put on a device that is not there.
+    work, general = (plan.Work(torch.device("cuda", 1), reference, [], {}, n, False, n > 1) for n in (1, 5))
+    for each in (work, general):
+        each.table, each.n_pieces = table, len(table) // each.n_teachers
     single, double, found_inf, step, skipped = map(torch.tensor, (0.25, 0.25, 0.0, 7, 0))
     double = double.double()
-    cuda.run(work, plan.Call([0.25], found_inf))
-    cuda.run(work, plan.Call(single))
-    cuda.run(work, plan.Call(double))
-    cuda.swap(work)
-    general = plan.Work(torch.device("cuda", 1), cuda, [], n_teachers=5, skip_nonfinite=True)
-    general.table = table
-    cuda.run(general, plan.Call(double, seed=3, step=(1 << 32) + 4))
-    cuda.run(general, plan.Call([0.5] * 5, seed=3, step=step, skipped=skipped))
+    cuda.run(work, plan.Call([0.25], found_inf), [])
+    cuda.run(work, plan.Call(single), [])
+    cuda.run(work, plan.Call(double), [])
+    cuda.swap(work, [])
+    cuda.run(general, plan.Call(double, seed=3, step=(1 << 32) + 4), [])
+    cuda.run(general, plan.Call([0.5] * 5, seed=3, step=step, skipped=skipped), [])
     momenta = {"momenta_address": double.data_ptr(), "momenta_are_double": True}
     options = {"stochastic": False, "skip_nonfinite": True, "seed": 3}
     addresses = {"step_address": step.data_ptr(), "skipped": skipped.data_ptr()}

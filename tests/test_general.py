@@ -11,13 +11,16 @@ from conftest import (
     comparison,
     is_interpreted,
     lerp,
+    planned,
+    tensors_of,
     values,
+    work_of,
 )
 
 from eman_kernels import backends, ema_update_, plan, swapped
 from eman_kernels.backends import reference
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Call, Plan, Work
+from eman_kernels.plan import Call
 
 HALF_PAIRS = [pair for pair in EMA_PAIRS if pair[0] in (torch.bfloat16, torch.float16)]
 FLOAT_PAIRS = [pair for pair in EMA_PAIRS if pair[0] == torch.float32]
@@ -35,10 +38,10 @@ def sizes(backend, device):
 
 def update(backend, pairs, call, **options):
     """Run all of the pairs by this backend, none by the reference in its stead."""
-    made = Plan(pairs, backend, **options)
+    made, tensors = planned(pairs, backend, **options)
     assert not made.ineligible
     for work in made.works:
-        work.backend.run(work, call)
+        work.backend.run(work, call, tensors)
     return made
 
 
@@ -90,7 +93,7 @@ def test_elements_past_the_first_2_to_the_35(backend_and_device, first):
     for module in (backends._BACKENDS[backend], reference):
         teachers.append(torch.zeros(2048, dtype=torch.float16, device=device))
         pair = Pair("", teachers[-1], student, "ema", first=first)
-        module.run(Work(device, module, [pair], stochastic=True), Call([0.5], seed=1, step=2))
+        module.run(work_of([pair], module, device, stochastic=True), Call([0.5], seed=1, step=2), tensors_of([pair]))
     assert torch.equal(*teachers)
     assert 0.2 < (teachers[0] == teachers[0].max()).float().mean() < 0.8
 
@@ -223,9 +226,10 @@ def test_swap(backend_and_device, dtype, offsets):
     backend, device = backend_and_device
     both = [[Guarded(values(size, dtype), offset, device) for size in sizes(backend, device)] for offset in offsets]
     before = [[guard.tensor.clone() for guard in guards] for guards in both]
-    made = Plan([Pair(str(i), t.tensor, s.tensor, "swap") for i, (t, s) in enumerate(zip(*both, strict=True))], backend)
+    pairs = [Pair(str(i), t.tensor, s.tensor, "swap") for i, (t, s) in enumerate(zip(*both, strict=True))]
+    made, tensors = planned(pairs, backend)
     assert not made.ineligible
-    made.swap()
+    made.swap(tensors)
     for guards, want in zip(both, reversed(before), strict=True):
         for guard, tensor in zip(guards, want, strict=True):
             assert_same_bits(guard.tensor, tensor)
@@ -279,17 +283,17 @@ def test_all_at_once(backend_and_device):
 def test_teachers_that_differ_are_left_to_the_reference():
     student = torch.ones(100)
     teachers = [torch.zeros(100), torch.zeros(100, dtype=torch.bfloat16)]
-    made = Plan([Pair("w", teacher, student, "ema", group) for group, teacher in enumerate(teachers)])
+    made, tensors = planned([Pair("w", teacher, student, "ema", group) for group, teacher in enumerate(teachers)])
     assert made.ineligible == {"w": "its teachers differ in dtypes or ties"}
-    made.run(Call([0.75, 0.5]))
+    made.run(Call([0.75, 0.5]), tensors)
     assert (teachers[0] == 0.25).all()
     assert (teachers[1] == 0.5).all()
     # The second ties two tensors that the first does not: three teacher tensors of two.
     one, two, tied = (torch.zeros(100) for _ in range(3))
     pairs = [Pair("a", one, student, "ema"), Pair("b", two, student, "ema")]
-    made = Plan([*pairs, Pair("a", tied, student, "ema", 1), Pair("b", tied, student, "ema", 1)])
+    made, tensors = planned([*pairs, Pair("a", tied, student, "ema", 1), Pair("b", tied, student, "ema", 1)])
     assert list(made.ineligible) == ["b"]
-    made.run(Call([0.75, 0.5]))
+    made.run(Call([0.75, 0.5]), tensors)
     assert (one[0], two[0], tied[0]) == (0.25, 0.25, 0.5)
 
 
@@ -297,9 +301,9 @@ def test_a_table_of_several_teachers_keeps_a_piece_of_the_student_together():
     lengths = [plan.CHUNK_SIZE + 3, 10, 3 * plan.CHUNK_SIZE, plan.CHUNK_SIZE]
     students = [torch.zeros(size) for size in lengths]
     pairs = [Pair(str(i), torch.zeros(len(s)), s, "ema", group) for group in range(3) for i, s in enumerate(students)]
-    (work,) = Plan(pairs, "reference").works
-    assert work.n_pieces == 2 + 1 + 3 + 1
-    table = work.table.view(work.n_pieces, 3, 4)
+    pairs.sort(key=lambda pair: pair.name)
+    table = plan.table(pairs, 3).view(-1, 3, 4)
+    assert len(table) == 2 + 1 + 3 + 1
     assert (table[:, :, 1] == table[:, :1, 1]).all()
     assert (table[:, :, 3] == table[:, :1, 3]).all()
     by_start = {pair.teacher.data_ptr(): pair.group for pair in pairs}

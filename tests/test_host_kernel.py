@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, lerp, values
+from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, lerp, tensors_of, values, work_of
 
 from eman_kernels.backends import reference
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import COPY_CODES, PAIR_CODES, Call, Work
+from eman_kernels.plan import COPY_CODES, PAIR_CODES, Call
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
@@ -122,8 +122,8 @@ def test_the_general_kernels(host_kernel, kernel):
             cast = cast if code <= 2 else None
             pairs.append(Pair("", t, student, rule, group, cast, first=i * MILLION))
     skipped = torch.zeros((), dtype=torch.int64)
-    work = Work(torch.device("cpu"), reference, pairs, 2, stochastic=True, skip_nonfinite=True)
-    reference.run(work, Call([momentum, 0.25], seed=1, step=2, skipped=skipped))
+    work = work_of(pairs, reference, torch.device("cpu"), 2, stochastic=True, skip_nonfinite=True)
+    reference.run(work, Call([momentum, 0.25], seed=1, step=2, skipped=skipped), tensors_of(pairs))
     for case, got, want in zip(cases, teachers, expected, strict=True):
         for k in range(2):
             what = f"{kernel}, teacher {k}, pair {case[0]}, {case[1].numel()} elements, offsets {case[3]}"

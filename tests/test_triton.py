@@ -221,7 +221,7 @@ def test_what_is_launched(monkeypatch, name, warp):
         for options in (backend.NVIDIA_OPTIONS, backend.NVIDIA_GENERAL_OPTIONS)
     )
 
-    backend.run(Work(), Call([0.75]))
+    backend.run(Work(), Call([0.75]), [])
     (grid, args, kwargs), kept = launched
     assert (grid, kept) == ((6,), "kept")
     assert args[0] is Work.table
@@ -231,11 +231,11 @@ def test_what_is_launched(monkeypatch, name, warp):
     momentum, found_inf, step, skipped = (torch.tensor(number) for number in (0.5, 0.0, 7, 0))
     work = Work()
     work.n_teachers, work.n_pieces, work.general, work.stochastic, work.skip_nonfinite = 2, 3, True, True, True
-    backend.run(work, Call(momentum, found_inf, 11, step, skipped))
+    backend.run(work, Call(momentum, found_inf, 11, step, skipped), [])
     (grid, args, kwargs), _ = launched[2:]
     assert grid == (3,)
     assert all(map(operator.is_, args, (Work.table, momentum, None, found_inf, 11, step, skipped)))
     assert kwargs == general | {"GENERAL": (2, True, True, False)}
 
-    backend.swap(Work())
+    backend.swap(Work(), [])
     assert launched[4] == ((6,), (Work.table,), general)

@@ -3,9 +3,12 @@
 NAME            as it is asked for.
 TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
 unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
-run(work, call) -> None                     updates a plan.Work in place, as a plan.Call says, whose tensors lie on the
+run(work, call, tensors) -> None            updates a plan.Work in place, as a plan.Call says, whose tensors lie on the
                                             work's device and are not waited for.
-swap(work) -> None                          exchanges the values of the work's teachers and students.
+swap(work, tensors) -> None                 exchanges the values of the work's teachers and students.
+
+tensors are those of the plan as they are now: what works on tensors finds its own by their numbers in work.places, what
+runs the table has its addresses.
 """
 
 import os
@@ -19,9 +22,17 @@ from . import cpu, cuda, foreach, reference, triton
 _BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, cpu, triton, foreach, reference)}
 
 
+# os.environ's own dict, where it has one: its get() runs five functions, a tenth of a step on a cold cache.
+_environment, _VARIABLE = os.environ, "EMAN_KERNELS_BACKEND"
+if isinstance(getattr(os.environ, "_data", None), dict) and hasattr(os.environ, "encodekey"):
+    _environment, _VARIABLE = os.environ._data, os.environ.encodekey(_VARIABLE)
+
+
 def requested(argument: str | None) -> str | None:
     """The backend that the argument or else EMAN_KERNELS_BACKEND asks for; None or "auto": the fastest there is."""
-    name = argument or os.environ.get("EMAN_KERNELS_BACKEND")
+    name = argument
+    if not name and _VARIABLE in _environment:
+        name = os.environ["EMAN_KERNELS_BACKEND"]
     if name in (None, "", "auto"):
         return None
     if name not in _BACKENDS:

@@ -1,5 +1,7 @@
 """The compiled kernel on CPU threads."""
 
+import os
+
 import torch
 
 from .extension import C, call_of, missing
@@ -17,14 +19,26 @@ def unavailable(device_type: str) -> str | None:
     return missing
 
 
+# A child process has none of the threads that OpenMP started before the fork, and would wait for them forever.
+_most_threads = float("inf")
+
+
+def _one_thread() -> None:
+    global _most_threads
+    _most_threads = 1
+
+
+os.register_at_fork(after_in_child=_one_thread)
+
+
 def threads(numel: int) -> int:
     """As many as torch uses, fewer for little work."""
-    return max(1, min(torch.get_num_threads(), numel // ELEMENTS_PER_THREAD))
+    return max(1, min(torch.get_num_threads(), numel // ELEMENTS_PER_THREAD, _most_threads))
 
 
-def run(work, call) -> None:
+def run(work, call, tensors) -> None:
     C.update_cpu(call_of(work, call), work.n_pieces, work.general, threads(work.numel))
 
 
-def swap(work) -> None:
+def swap(work, tensors) -> None:
     C.swap_cpu(work.table.data_ptr(), len(work.table), threads(work.numel))

@@ -36,13 +36,13 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, call) -> None:
+def run(work, call, tensors) -> None:
     stream = torch.cuda.current_stream(work.device).cuda_stream
     C.update_cuda(call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
     work.keep_table()
 
 
-def swap(work) -> None:
+def swap(work, tensors) -> None:
     stream = torch.cuda.current_stream(work.device).cuda_stream
     C.swap_cuda(work.table.data_ptr(), len(work.table), work.device.index, stream)
     work.keep_table()

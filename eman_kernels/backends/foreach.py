@@ -12,16 +12,14 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, call) -> None:
+@torch.no_grad()
+def run(work, call, tensors) -> None:
     if work.general or call.found_inf is not None or isinstance(call.momenta, torch.Tensor):
         # _foreach_lerp_ does none of these; its weight is a number.
-        return reference.run(work, call)
+        return reference.run(work, call, tensors)
     weight = 1.0 - call.momenta[0]
-    groups: dict[object, list] = {}
-    for pair in work.pairs:
-        groups.setdefault((pair.rule, pair.teacher.dtype, pair.student.dtype), []).append(pair)
-    for (rule, teacher_dtype, student_dtype), pairs in groups.items():
-        teachers, students = [pair.teacher for pair in pairs], [pair.student for pair in pairs]
+    for (rule, teacher_dtype, student_dtype), places in work.places.items():
+        teachers, students = [tensors[p.teacher] for p in places], [tensors[p.student] for p in places]
         if rule == "copy":
             torch._foreach_copy_(teachers, students)
         elif teacher_dtype == student_dtype:

@@ -1,5 +1,7 @@
 """The ground truth, in plain torch: what every other backend must equal bit for bit. It takes any pair there is."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -12,35 +14,40 @@ def unavailable(device_type: str) -> str | None:
 
 
 @torch.no_grad()
-def run(work, call) -> None:
+def run(work, call, tensors) -> None:
     momenta = call.momenta
     weights = 1.0 - momenta.double().reshape(-1) if isinstance(momenta, Tensor) else [1.0 - m for m in momenta]
-    for pair in work.pairs:
-        teacher, student = pair.teacher, pair.student.to(pair.teacher.device)
-        if pair.rule == "copy":
+    for place in chain(*work.places.values()):
+        teacher = tensors[place.teacher]
+        student = tensors[place.student].to(teacher.device)
+        if place.rule == "copy":
             new = student.to(teacher.dtype)
         else:
-            average = lerp(teacher, student, weights[pair.group])
-            new = rounded_at_random(average, pair, call) if work.stochastic else average.to(teacher.dtype)
+            average = lerp(teacher, student, weights[place.group])
+            if work.stochastic:
+                new = rounded_at_random(average, teacher.dtype, place.first, call)
+            else:
+                new = average.to(teacher.dtype)
         if work.skip_nonfinite and student.is_floating_point():
             # torch asks float8 for no such thing.
             infinite = ~torch.isfinite(student.float() if student.element_size() == 1 else student)
             new = torch.where(infinite, teacher, new)
-            if pair.group == 0 and call.skipped is not None:
+            if place.group == 0 and call.skipped is not None:
                 call.skipped += infinite.sum() * (1 if call.found_inf is None else call.found_inf == 0)
         if call.found_inf is not None:
             new = torch.where(call.found_inf != 0, teacher, new)
         teacher.copy_(new)
-        if pair.cast is not None:
-            pair.cast.copy_(teacher)
+        if place.cast is not None:
+            tensors[place.cast].copy_(teacher)
 
 
 @torch.no_grad()
-def swap(work) -> None:
-    for pair in work.pairs:
-        teacher = pair.teacher.clone()
-        pair.teacher.copy_(pair.student)
-        pair.student.copy_(teacher)
+def swap(work, tensors) -> None:
+    for place in chain(*work.places.values()):
+        teacher, student = tensors[place.teacher], tensors[place.student]
+        was = teacher.clone()
+        teacher.copy_(student)
+        student.copy_(was)
 
 
 def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor) -> Tensor:
@@ -51,17 +58,17 @@ def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor) -> Tensor:
     return torch.lerp(teacher.to(wide), student.to(wide), weight)
 
 
-def rounded_at_random(average: Tensor, pair, call) -> Tensor:
-    """In the teacher's dtype; if that is a half type, up or down, so that its mean is the average itself.
+def rounded_at_random(average: Tensor, dtype: torch.dtype, first: int, call) -> Tensor:
+    """In the teacher's dtype; if that is a half type, up or down, so that its mean is the average itself. first: the
+    number of the teacher's first element.
 
     The upper neighbour is taken if what lies above the lower one, in 2^16ths of their distance, and the 16 bits that
     Philox draws for the element's number make 2^16 or more.
     """
-    dtype = pair.teacher.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return average.to(dtype)
     average = average.float()
-    numbers = torch.arange(pair.first, pair.first + average.numel(), device=average.device)
+    numbers = torch.arange(first, first + average.numel(), device=average.device)
     words = philox(numbers // 8, call.seed, call.step)
     drawn = (words.gather(0, (numbers % 8 // 2)[None])[0] >> numbers % 2 * 16 & 0xFFFF).view_as(average)
     # Binary digits, and the exponent of the smallest normal number.

@@ -50,7 +50,7 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, call) -> None:
+def run(work, call, tensors) -> None:
     on_device = isinstance(call.momenta, torch.Tensor)
     general = None
     if work.general:
@@ -68,7 +68,7 @@ def run(work, call) -> None:
     )
 
 
-def swap(work) -> None:
+def swap(work, tensors) -> None:
     launch(eman_swap, work)
 
 

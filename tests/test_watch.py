@@ -1,0 +1,745 @@
+"""A plan is true whatever happened before: every way in which what it rests on can change, and what it keeps alive."""
+
+import gc
+import os
+import signal
+import time
+import weakref
+
+import pytest
+import torch
+from conftest import assert_same_bits, lerp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from eman_kernels import (
+    EMANTeacher,
+    available_backends,
+    ema_update_,
+    eman_update_,
+    functional,
+    plan_for,
+    swapped,
+    watch,
+)
+from eman_kernels.pairing import named_tensors
+
+
+@pytest.fixture(params=["compiled", "python"])
+def _looking(request, monkeypatch):
+    """The walk in C++ and the one in Python: they are to notice the same."""
+    if request.param == "python":
+        monkeypatch.setattr(watch, "_reads_torch", False)
+    elif not watch._reads_torch:
+        pytest.skip("the extension is not built, or this torch lacks the interface that its walk reads")
+
+
+both_walks = pytest.mark.usefixtures("_looking")
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that are made."""
+    made, real = [], functional.Plan
+    monkeypatch.setattr(functional, "Plan", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    return made
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        self.none = None
+        self.register_buffer("scale", torch.randn(6, 6))
+        self.register_buffer("mask", torch.rand(5) < 0.5, persistent=False)
+
+
+@torch.no_grad()
+def randomise(tensor):
+    tensor.copy_(torch.randn(tensor.shape) * 100)
+
+
+def assert_follows(teacher, student):
+    """One update, seen in the tensors that the networks have now; afterwards another one, by the plan just made."""
+    for _ in range(2):
+        both = [named_tensors(module) for module in (teacher, student)]
+        for tensors in both:
+            for tensor in tensors.values():
+                randomise(tensor)
+        want = {}
+        for name, t in both[0].items():
+            s = both[1][name].detach()
+            want[name] = lerp(t.detach(), s, 0.7) if t.is_floating_point() else s.clone()
+        eman_update_(teacher, student, 0.7)
+        for name, tensor in named_tensors(teacher).items():
+            assert_same_bits(tensor, want[name], name)
+
+
+# ---------------------------------------------------------------- networks: what changes, and what it does to one side
+
+
+def replace_layer(net):
+    net.inner[1] = nn.Linear(6, 6)
+
+
+def delete_and_make_a_layer(net):
+    """Its tensors may well come to lie where the old ones were."""
+    del net.conv
+    net.conv = nn.Conv2d(4, 4, 3)
+
+
+def reset_layer(net):
+    net.inner[0].__init__(6, 6)
+
+
+def update_dict(net):
+    net.inner[0].__dict__.update(nn.Linear(6, 6).__dict__)
+
+
+def replace_modules_dict(net):
+    net._modules = dict(net._modules) | {"conv": nn.Conv2d(4, 4, 3)}
+
+
+def replace_parameters_dict(net):
+    net.inner[0]._parameters = {name: nn.Parameter(p + 1) for name, p in net.inner[0]._parameters.items()}
+
+
+def exchange_names(net):
+    one, other = net.inner[0], net.inner[1]
+    net.inner._modules.clear()
+    net.inner._modules.update({"0": other, "1": one})
+
+
+def exchange_parameters(net):
+    """Under their names, in the order that they had."""
+    one, other = net.inner[0], net.inner[1]
+    one.weight, other.weight = other.weight, one.weight
+
+
+def exchange_square_parameters(net):
+    weight, scale = net.inner[0]._parameters.pop("weight"), net._buffers.pop("scale")
+    net.inner[0].register_parameter("weight", nn.Parameter(scale))
+    net.register_buffer("scale", weight.detach())
+
+
+def load_assign(net):
+    net.load_state_dict({name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True)
+
+
+def set_data(net):
+    net.conv.weight.data = net.conv.weight.data + 1
+
+
+def set_data_twice(net):
+    for _ in range(2):
+        net.conv.weight.data = torch.randn(4, 4, 3, 3)
+
+
+def set_storage(net):
+    with torch.no_grad():
+        net.conv.weight.set_(torch.randn(4, 4, 3, 3, dtype=net.conv.weight.dtype))
+
+
+def transpose_data(net):
+    net.inner[0].weight.data = net.inner[0].weight.data.t()
+
+
+def transpose_buffer(net):
+    net.scale.t_()
+
+
+def transpose_in_place(net):
+    with torch.no_grad():
+        net.inner[0].weight.t_()
+
+
+def another_dtype(net):
+    net.inner[0].bias.data = net.inner[0].bias.data.to(torch.bfloat16)
+
+
+def to_double(net):
+    net.double()
+
+
+def to_half_and_back(net):
+    net.half().float()
+
+
+def to_channels_last(net):
+    net.to(memory_format=torch.channels_last)
+
+
+def replace_buffer(net):
+    net.norm.running_mean = torch.randn(4)
+
+
+def replace_counter_by_an_equal_one(net):
+    net.norm.num_batches_tracked = net.norm.num_batches_tracked.clone()
+
+
+def tie(net):
+    net.inner[1].weight = net.inner[0].weight
+    net.inner[1].bias = net.inner[0].bias
+
+
+def swap_tensors(net):
+    torch.utils.swap_tensors(net.conv.weight, nn.Parameter(torch.randn(4, 4, 3, 3)))
+
+
+def swap_in_the_module(net):
+    torch.utils.swap_tensors(net.inner[0].weight, net.inner[1].weight)
+
+
+def move_by_swapping(net):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def requires_grad(net):
+    net.requires_grad_(not net.conv.weight.requires_grad)
+
+
+def wrap(net):
+    net.conv = torch.compile(net.conv)
+
+
+def another_class(net):
+    class Sub(type(net)):
+        pass
+
+    net.__class__ = Sub
+
+
+CHANGES = [
+    replace_layer, delete_and_make_a_layer, reset_layer, update_dict, replace_modules_dict, replace_parameters_dict,
+    exchange_names, exchange_parameters, exchange_square_parameters, load_assign, set_data, set_data_twice, set_storage,
+    transpose_data, transpose_buffer, transpose_in_place, another_dtype, to_double, to_half_and_back,
+    to_channels_last, replace_buffer, replace_counter_by_an_equal_one, tie, swap_tensors, swap_in_the_module,
+    move_by_swapping, requires_grad, wrap, another_class,
+]  # fmt: skip
+
+
+@both_walks
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_a_network_changes(change, who):
+    teacher, student = Net(), Net()
+    assert_follows(teacher, student)
+    if who != "student":
+        change(teacher)
+    if who != "teacher":
+        change(student)
+    if change is tie and who == "teacher":
+        with pytest.raises(ValueError, match="would follow different"):
+            eman_update_(teacher, student, 0.5)
+        return
+    assert_follows(teacher, student)
+
+
+def cut(net):
+    net.inner[0].weight.data = net.inner[0].weight.data[:2]
+
+
+def resize(net):
+    with torch.no_grad():
+        net.scale.resize_(3, 6)
+
+
+def reshape_at_the_address(net):
+    net.scale.data = net.scale.data.view(4, 9)
+
+
+def drop_a_buffer(net):
+    del net.mask
+
+
+def register(net):
+    net.norm.register_parameter("late", nn.Parameter(torch.randn(3)))
+
+
+def become_none(net):
+    net.norm.running_var = None
+
+
+@both_walks
+@pytest.mark.parametrize("change", [cut, resize, reshape_at_the_address, drop_a_buffer, register, become_none])
+@pytest.mark.parametrize("first", ["teacher", "student"])
+def test_a_network_changes_its_shape(change, first):
+    """On one side an error that names the tensor, before anything is written; on both the update goes on."""
+    teacher, student = Net(), Net()
+    one, other = (teacher, student) if first == "teacher" else (student, teacher)
+    assert_follows(teacher, student)
+    change(one)
+    before = {name: tensor.clone() for name, tensor in named_tensors(teacher).items()}
+    with pytest.raises(ValueError, match=r"(inner\.0\.weight|scale|mask|norm\.late|norm\.running_var): the "):
+        eman_update_(teacher, student, 0.5)
+    for name, tensor in named_tensors(teacher).items():
+        assert torch.equal(tensor, before[name]), name
+    change(other)
+    assert_follows(teacher, student)
+
+
+@both_walks
+def test_a_teacher_cut_in_place_does_not_write_what_it_no_longer_has():
+    teacher, student, big = nn.Linear(4, 4), nn.Linear(4, 4), torch.zeros(16, 4)
+    teacher.weight.data, student.weight.data = big, torch.ones(16, 4)
+    eman_update_(teacher, student, 0.5)
+    for net in (teacher, student):
+        net.weight.data = net.weight.data[:6]
+    eman_update_(teacher, student, 0.0)
+    assert (big[:6] == 1).all()
+    assert (big[6:] == 0.5).all()
+
+
+@both_walks
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_module():
+    """Its tensors are held in C++, and what looks like its dicts is not."""
+    teacher, student = (torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))) for _ in range(2))
+    assert_follows(teacher, student)
+    student[0].weight = nn.Parameter(torch.randn(4, 4))
+    assert_follows(teacher, student)
+    teacher[1].running_mean.set_(torch.randn(4))
+    assert_follows(teacher, student)
+
+
+@both_walks
+def test_only_one_of_two_ties_is_cut():
+    teacher, student = Net(), Net()
+    tie(teacher), tie(student)
+    assert_follows(teacher, student)
+    for net in (teacher, student):
+        net.inner[1].weight = nn.Parameter(torch.randn(6, 6))
+    assert_follows(teacher, student)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def fresh_views(tensors):
+    return [tensor.detach() for tensor in tensors]
+
+
+def cut_first(tensors):
+    tensors[0].data = tensors[0].data[:2]
+    return tensors
+
+
+def transpose_first(tensors):
+    assert tensors[0].shape[0] == tensors[0].shape[1]
+    tensors[0].t_()
+    return tensors
+
+
+def resize_first(tensors):
+    return [tensors[0].resize_(2, 8), *tensors[1:]]
+
+
+def replace_second(tensors):
+    return [tensors[0], torch.randn(3), *tensors[2:]]
+
+
+def set_second(tensors):
+    tensors[1].set_(torch.randn(3, dtype=tensors[1].dtype))
+    return tensors
+
+
+def exchange(tensors):
+    return [tensors[0], tensors[2], tensors[1]]
+
+
+def double_second(tensors):
+    tensors[1].data = tensors[1].data.double()
+    return tensors
+
+
+def one_less(tensors):
+    return tensors[:2]
+
+
+def swap_second(tensors):
+    torch.utils.swap_tensors(tensors[1], torch.randn(3))
+    return tensors
+
+
+BOTH_SIDES = (cut_first, resize_first, one_less)
+LIST_CHANGES = [fresh_views, transpose_first, replace_second, set_second, exchange, double_second, swap_second,
+                *BOTH_SIDES]  # fmt: skip
+
+
+def assert_lists_follow(teachers, students):
+    for _ in range(2):
+        for tensor in (*teachers, *students):
+            randomise(tensor)
+        want = [lerp(t, s, 0.7) for t, s in zip(teachers, students, strict=True)]
+        ema_update_(teachers, students, 0.7)
+        for tensor, value in zip(teachers, want, strict=True):
+            assert_same_bits(tensor, value)
+
+
+@both_walks
+@pytest.mark.parametrize("change", LIST_CHANGES)
+@pytest.mark.parametrize("who", ["teacher", "student", "both"])
+def test_a_list_changes(change, who):
+    teachers, students = ([torch.randn(4, 4), torch.randn(3), torch.randn(3)] for _ in range(2))
+    assert_lists_follow(teachers, students)
+    changed = [change(teachers) if who != "student" else teachers, change(students) if who != "teacher" else students]
+    if change in BOTH_SIDES and who != "both":
+        before = [tensor.clone() for tensor in changed[0]]
+        with pytest.raises(ValueError, match=r"teacher_tensors\[0\]|must be as many"):
+            ema_update_(*changed, 0.5)
+        assert all(map(torch.equal, changed[0], before))
+        return
+    assert_lists_follow(*changed)
+
+
+@both_walks
+def test_another_dtype_at_the_address():
+    teacher, student = torch.zeros(9, dtype=torch.bfloat16), torch.ones(9, dtype=torch.bfloat16)
+    ema_update_([teacher], [student], 0.5)
+    teacher.data, student.data = teacher.data.view(torch.float16), student.data.view(torch.float16)
+    assert_lists_follow([teacher], [student])
+
+
+@both_walks
+def test_fresh_views_of_a_list_keep_its_plan(plans):
+    teachers, students = [torch.zeros(300), torch.zeros(4)], [torch.ones(300), torch.ones(4)]
+    for k in range(1, 4):
+        ema_update_(fresh_views(teachers), [tensor.data for tensor in students], 0.5)
+        assert (teachers[0] == 1 - 0.5**k).all()
+    assert len(plans) == 1
+
+
+def test_tensors_can_be_swapped_after_an_update():
+    teacher, student = torch.zeros(3), torch.ones(3)
+    ema_update_([teacher], [student], 0.5)
+    torch.utils.swap_tensors(teacher, torch.full((3,), 5.0))
+    ema_update_([teacher], [student], 0.5)
+    assert teacher.tolist() == [3.0] * 3
+
+
+class Tagged(torch.Tensor):
+    """A subclass of Tensor: it may keep its elements where it likes."""
+
+
+@both_walks
+def test_subclasses_answer_for_themselves_and_are_let_go():
+    def make(value):
+        return [torch.full((4,), value).as_subclass(Tagged) for _ in range(3)]
+
+    teachers = make(0.0)
+    for _ in range(3):
+        students = make(1.0)
+        ema_update_(teachers, students, 0.0)
+        assert all((tensor == 1).all() for tensor in teachers)
+        for tensor in teachers:
+            tensor.zero_()
+    kept = [weakref.ref(tensor) for tensor in (*teachers, *students)]
+    del teachers, students, tensor
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+
+
+@both_walks
+def test_two_of_a_subclass_become_one():
+    teachers = [torch.zeros(4).as_subclass(Tagged) for _ in range(2)]
+    students = [torch.ones(4).as_subclass(Tagged) for _ in range(2)]
+    ema_update_(teachers, students, 0.5)
+    ema_update_([teachers[0]] * 2, [students[0]] * 2, 0.5)
+    assert (teachers[0] == 0.75).all()
+
+
+# ---------------------------------------------------------------- how often a plan is made
+
+
+def test_options_in_turn_and_swaps_make_one_plan_each(plans):
+    student = Net()
+    teacher = EMANTeacher(student, 0.5)
+    for _ in range(3):
+        eman_update_(teacher.module, student, 0.5)
+        eman_update_(teacher.module, student, 0.5, backend="foreach")
+        eman_update_(teacher.module, student, 0.5, rules={"conv.*": "skip", "*": "copy"})
+        eman_update_(teacher.module, student, 0.5, rules={"*": "copy", "conv.*": "skip"})
+        with teacher.swapped(student):
+            pass
+    assert len(plans) == 5
+    eman_update_(teacher.module, student, 0.5, backend="foreach")
+    assert plan_for(teacher.module, student) is plans[1]
+
+
+def test_the_order_of_rules_counts():
+    teacher, student = Net(), Net()
+    before = teacher.conv.weight.clone()
+    eman_update_(teacher, student, 0.5, rules={"conv.*": "skip", "*": "copy"})
+    assert torch.equal(teacher.conv.weight, before)
+    eman_update_(teacher, student, 0.5, rules={"*": "copy", "conv.*": "skip"})
+    assert torch.equal(teacher.conv.weight, student.conv.weight)
+
+
+def test_a_buffer_that_alternates_makes_two_plans(plans):
+    teacher, student = Net(), Net()
+    buffers = [torch.randn(6, 6), torch.randn(6, 6)]
+    for k in range(6):
+        student.scale = buffers[k % 2]
+        eman_update_(teacher, student, 0.0)
+        assert torch.equal(teacher.scale, buffers[k % 2])
+    assert len(plans) == 2
+
+
+def test_plans_of_a_pair_are_bounded_and_the_last_used_stay(plans):
+    teacher, student = Net(), Net()
+    eman_update_(teacher, student, 0.5)
+    for k in range(3 * functional._PLANS):
+        eman_update_(teacher, student, 0.5, rules={f"{'*' * (k + 1)}": "copy"})
+        eman_update_(teacher, student, 0.5)
+    assert len(plans) == 1 + 3 * functional._PLANS
+    assert len(functional._networks[id(teacher), id(student)].plans) == functional._PLANS
+
+
+def test_lists_are_bounded_and_dead_ones_go():
+    functional._lists.clear()
+    for size in range(1, 20):
+        ema_update_([torch.zeros(size)], [torch.ones(size)], 0.5)
+    assert len(functional._lists) == 1
+    kept = [torch.zeros(1) for _ in range(functional._LISTS + 5)]
+    for tensor in kept:
+        ema_update_([tensor], [torch.ones(1)], 0.5)
+    assert len(functional._lists) <= functional._LISTS
+
+
+# ---------------------------------------------------------------- what a plan keeps alive
+
+
+def storages(*modules):
+    return [
+        StorageWeakRef(t.untyped_storage()) for module in modules for t in (*module.parameters(), *module.buffers())
+    ]
+
+
+def delete_student(teacher, students):
+    students.clear()
+
+
+def teacher_to_meta(teacher, students):
+    teacher.to("meta")
+
+
+def teacher_to_bfloat16(teacher, students):
+    teacher.to(torch.bfloat16)
+
+
+def teacher_replaced(teacher, students):
+    teacher.module = nn.Linear(2, 2)
+
+
+def teacher_loaded(teacher, students):
+    teacher.load_state_dict({name: t.clone() for name, t in teacher.state_dict().items()}, assign=True)
+
+
+@both_walks
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "event", [delete_student, teacher_to_meta, teacher_to_bfloat16, teacher_replaced, teacher_loaded]
+)
+def test_no_memory_is_kept(event, cast):
+    students = [nn.Linear(300, 300)]
+    teacher = EMANTeacher(students[0], 0.5, cast=cast)
+    teacher(torch.randn(1, 300))
+    teacher.update(students[0])
+    with teacher.swapped():
+        pass
+    of = storages(students[0]) if event is delete_student else storages(teacher.module)
+    assert not any(reference.expired() for reference in of)
+    event(teacher, students)
+    gc.collect()
+    assert all(reference.expired() for reference in of)
+
+
+@both_walks
+def test_no_memory_of_lists_is_kept():
+    teachers, students = [torch.zeros(1000)], [torch.ones(1000)]
+    ema_update_(teachers, students, 0.5)
+    of = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*teachers, *students)]
+    students.clear()
+    assert [reference.expired() for reference in of] == [False, True]
+    teachers.clear()
+    assert of[0].expired()
+
+
+def hook_that_holds_the_root(net):
+    net.conv.register_forward_hook(net.forward)
+
+
+def parent_in_a_list(net):
+    net.conv.parent = [net]
+
+
+def class_that_holds_the_root(net):
+    class Local(nn.Linear):
+        root = net
+
+    net.inner[0] = Local(6, 6)
+
+
+@both_walks
+@pytest.mark.parametrize("refer_back", [hook_that_holds_the_root, parent_in_a_list, class_that_holds_the_root])
+def test_a_network_whose_child_refers_back_is_freed(refer_back):
+    teacher, student = Net(), Net()
+    refer_back(teacher), refer_back(student)
+    eman_update_(teacher, student, 0.5)
+    with swapped(teacher, student):
+        pass
+    entries = len(functional._networks)
+    dead = [weakref.ref(net) for net in (teacher, student)]
+    plan = weakref.ref(plan_for(teacher, student))
+    del teacher, student
+    gc.collect()
+    assert [reference() for reference in dead] == [None, None]
+    assert plan() is None
+    assert len(functional._networks) == entries - 1
+
+
+class Equal(nn.Linear):
+    """All of them are equal. (Without a hash torch itself does not walk a module.)"""
+
+    def __eq__(self, other):
+        return isinstance(other, Equal)
+
+    def __hash__(self):
+        return 1
+
+
+def test_networks_that_compare_equal_are_not_one():
+    teacher, *students = (Equal(3, 3) for _ in range(3))
+    for student in students:
+        eman_update_(teacher, student, 0.0)
+        assert torch.equal(teacher.weight, student.weight)
+    keeper = EMANTeacher(students[0], 0.0)
+    for student in students:
+        keeper.update(student)
+        assert torch.equal(keeper.module.weight, student.weight)
+
+
+# ---------------------------------------------------------------- masters and their copies reach the table checked
+
+
+@both_walks
+@pytest.mark.parametrize("other", [lambda: nn.Linear(64, 64), lambda: nn.Linear(300, 64), lambda: Net()], ids=str)
+def test_another_module_of_a_teacher_with_a_copy(other):
+    student = nn.Linear(64, 64)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    teacher(torch.randn(1, 64))
+    teacher.update(student)
+    of_the_old, before = teacher._copy.copies, [tensor.clone() for tensor in teacher._copy.copies]
+    teacher.module = other().requires_grad_(False)
+    student = other()
+    teacher.update(student, momentum=0.0)
+    for tensor, value in zip(of_the_old, before, strict=True):
+        assert torch.equal(tensor, value)
+    for name, low in teacher._copy.tensors.items():
+        assert torch.equal(low, named_tensors(student)[name].to(torch.bfloat16)), name
+
+
+@both_walks
+def test_a_copy_changed_under_the_plan_is_not_written():
+    student = nn.Linear(64, 64)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    teacher(torch.randn(1, 64))
+    teacher.update(student)
+    low = teacher._copy.copies[0]
+    memory = low.data
+    before = memory.clone()
+    low.data = low.data[:2]
+    with pytest.raises(
+        ValueError, match=r"weight: the teacher is .*shape \(64, 64\).* its low-precision copy .*\(2, 64\)"
+    ):
+        teacher.update(student)
+    assert torch.equal(memory, before)
+
+
+def test_a_copy_that_shares_memory_is_refused():
+    from conftest import planned
+
+    from eman_kernels.pairing import Pair
+
+    memory = torch.zeros(100)
+    with pytest.raises(ValueError, match="the teacher's low-precision copy's w share memory"):
+        planned([Pair("w", memory, torch.ones(100), "ema", cast=memory.view(torch.bfloat16)[:100])])
+
+
+# ---------------------------------------------------------------- where torch's threads are not to be had
+
+
+@pytest.mark.parametrize("backend", ["cpu", "foreach"])
+def test_a_new_plan_in_a_forked_child(backend):
+    """OpenMP's threads do not survive a fork; whoever waits for them waits forever."""
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    size = 1 << 20 if backend == "cpu" else 100  # torch's own loops over more than some thousands wait as well
+    big, ones = torch.zeros(size), torch.ones(size)
+    big.lerp_(ones, 0.5)
+    child = os.fork()
+    if child == 0:
+        try:
+            student = Net()
+            teacher = EMANTeacher(student, 0.5, backend=backend)
+            teacher.update(student)
+            ema_update_([big], [ones], 0.0, backend=teacher.backend)
+            os._exit(0 if big[-1] == 1 and teacher.step == 1 else 1)
+        finally:
+            os._exit(2)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for threads that it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+# ---------------------------------------------------------------- anything in any order
+
+
+# Once tied, one side cannot be cut alone; what is compiled is not compiled again.
+REPEATABLE = [change for change in CHANGES if change not in (tie, wrap)]
+
+
+@both_walks
+@given(st.lists(st.tuples(st.sampled_from(REPEATABLE), st.sampled_from(["teacher", "student", "both"])), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_changes(changes):
+    teacher, student = Net(), Net()
+    for change, who in changes:
+        if who != "student":
+            change(teacher)
+        if who != "teacher":
+            change(student)
+        assert_follows(teacher, student)
+
+
+@both_walks
+@given(st.lists(st.tuples(st.sampled_from(LIST_CHANGES), st.sampled_from(["teacher", "student", "both"])), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_changes_of_lists(changes):
+    lists = {who: [torch.randn(4, 4), torch.randn(3), torch.randn(3)] for who in ("teacher", "student")}
+    for change, who in changes:
+        small = lists["teacher"][0].shape != (4, 4)
+        if (small and change in (cut_first, resize_first, transpose_first)) or (
+            len(lists["teacher"]) < 3 and change in (one_less, replace_second, exchange)
+        ):
+            continue
+        for name in lists:
+            if who in (name, "both") or change in BOTH_SIDES:
+                lists[name] = change(lists[name])
+        assert_lists_follow(*lists.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, lerp, values
+from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, every_number, lerp, values
 
 from eman_kernels.backends import reference
 from eman_kernels.pairing import Pair
@@ -72,7 +72,7 @@ def run(program, kernel, cases, momentum):
 
 @cache
 def every_case():
-    """Every pair, size and alignment."""
+    """Every pair, size and alignment; and what is not finite against everything."""
     return list(_every_case())
 
 
@@ -86,6 +86,10 @@ def _every_case():
         for dtype in COPY_DTYPES:
             for offset in (0, dtype.itemsize):
                 yield COPY_CODES[dtype.itemsize], values(size, dtype), values(size, dtype), (0, offset)
+
+    for dtypes in EMA_PAIRS:
+        for offset in (0, 1):
+            yield PAIR_CODES[("ema", *dtypes)], *every_number(*dtypes), [offset * dtype.itemsize for dtype in dtypes]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """torch's own multi-tensor operations: nothing to compile, and on any device that torch reaches."""
 
+from math import isfinite
+
 import torch
 
 from . import reference
@@ -22,14 +24,27 @@ def run(work, call) -> None:
         groups.setdefault((pair.rule, pair.teacher.dtype, pair.student.dtype), []).append(pair)
     for (rule, teacher_dtype, student_dtype), pairs in groups.items():
         teachers, students = [pair.teacher for pair in pairs], [pair.student for pair in pairs]
-        if rule == "copy":
+        wide = reference.wide_of(teachers[0], students[0])
+        if rule == "copy" or reference.weight_in(wide, weight, torch.device("cpu")) == 1:
             torch._foreach_copy_(teachers, students)
+        elif weight == 0:
+            continue
         elif teacher_dtype == student_dtype:
+            # It makes NaNs of infinities that are equal.
+            infinite = [(pair.teacher, pair.student) for pair in pairs if _may_be_infinite(pair.student)]
+            equal = [teacher == student for teacher, student in infinite]
             torch._foreach_lerp_(teachers, students, weight)
+            for (teacher, student), where in zip(infinite, equal, strict=True):
+                torch.where(where, student, teacher, out=teacher)
         else:
             # _foreach_lerp_ takes no mixed dtypes. One at a time: no temporary of the network's size.
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(reference.lerp(teacher, student, weight))
+
+
+def _may_be_infinite(tensor: torch.Tensor) -> bool:
+    """Whether an infinity may be in it: any where it would have to be waited for."""
+    return tensor.device.type != "cpu" or not isfinite(tensor.sum())
 
 
 swap = reference.swap

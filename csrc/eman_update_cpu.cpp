@@ -24,6 +24,7 @@ EMAN_FN void update_chunk(const Chunk& chunk, const Rule& rule) {
   const auto* __restrict student = reinterpret_cast<const typename Rule::Student*>(chunk.student);
   if (rule.rests()) return;
   if (rule.copies()) {
+    // Asked here, the other loop need not ask for each element.
     for (uint32_t i = 0; i < chunk.numel; ++i) teacher[i] = rule.copied(student[i]);
   } else {
     for (uint32_t i = 0; i < chunk.numel; ++i) teacher[i] = rule(teacher[i], student[i]);
@@ -105,6 +106,7 @@ EMAN_FN void update_block(const Chunk& chunk, const Rule& rule, const Call& call
 // All that an update can be, for one piece of the student. Returns how many of its elements were skipped.
 EMAN_CLONES uint64_t update_piece(const Chunk* records, const Call& call) {
   uint64_t skipped = 0;
+  // Not inlined, the lambda would be compiled once for any x86-64, and a clone would call it.
   with_rule(records[0].pair, Weight(), [&](auto rule) __attribute__((always_inline)) {
     using S = typename decltype(rule)::Student;
     for (uint32_t first = 0; first < records[0].numel; first += kBlock) {

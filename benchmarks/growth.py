@@ -5,15 +5,17 @@ All methods but timm's, which makes a copy of its own, update one teacher in tur
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from models import Slices
 from timing import CACHE_BYTES, MOMENTUM, Row, admit, pin_the_heap, take
 from torch import Tensor, nn
-from updates import LIMIT, LOOP, OURS, Method
+from updates import LIMIT, LOOP, OURS, Method, Update
 
-from eman_kernels import eman_update_, functional
+from eman_kernels import EMANTeacher, eman_update_, functional, plan_for
+from eman_kernels.plan import Plan
 
 TENSORS, ELEMENTS = 100, 10_000_000  # while the other grows
 MANY_ELEMENTS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000, 10**9)
@@ -22,31 +24,49 @@ FEW_ROUNDS = 8  # for more elements than that: a call takes long
 COMPARED = (LOOP, "foreach, lists kept", "timm ModelEmaV3")
 
 
+def host_times(update: Update, plan: Plan, rounds: int, label: str) -> dict[str, float]:
+    """Microseconds of an update by this plan with the kernel left out, in a warm and in a cold cache."""
+    plan.run = lambda call, tensors: None
+    cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
+    times: dict[str, list[float]] = {f"{label}_warm_us": [], f"{label}_cold_us": []}
+    for state, samples in times.items():
+        for _ in range(max(rounds, 20)):
+            if state.endswith("cold_us"):
+                cache.add_(1)
+            begin = time.perf_counter()
+            update()
+            samples.append(1e6 * (time.perf_counter() - begin))
+    del plan.run
+    return {state: statistics.median(samples) for state, samples in times.items()}
+
+
 def around_the_kernel(teacher: nn.Module, student: nn.Module, rounds: int) -> dict[str, float]:
     """What a step and a plan cost on the host, the kernel left out, and the bytes of the table."""
     eman_update_(teacher, student, MOMENTUM)
-    followed = functional._followed[teacher][student]
+    (followed, *_) = functional._networks[id(teacher), id(student)].plans
     making = []
     for _ in range(min(rounds, 10)):
         begin = time.perf_counter()
         functional._follow([teacher], student, followed.options, [])
         making.append(time.perf_counter() - begin)
-    followed.plan.run = lambda call: None
-    cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
-    host: dict[str, list[float]] = {"host_warm_us": [], "host_cold_us": []}
-    for state, samples in host.items():
-        for _ in range(max(rounds, 20)):
-            if state == "host_cold_us":
-                cache.add_(1)
-            begin = time.perf_counter()
-            eman_update_(teacher, student, MOMENTUM)
-            samples.append(1e6 * (time.perf_counter() - begin))
-    del followed.plan.run
-    tables = [work.table for work in followed.plan.works if work.backend.TAKES_TABLE]
-    return {state: statistics.median(samples) for state, samples in host.items()} | {
+    host = host_times(lambda: eman_update_(teacher, student, MOMENTUM), followed.plan, rounds, "host")
+    tables = [work.table for work in followed.plan.works if work.table is not None]
+    return host | {
         "plan_ms": 1e3 * statistics.median(making),
         "table_bytes": sum(table.nbytes for table in tables),
     }
+
+
+def around_the_kernel_of_teachers(student: nn.Module, rounds: int) -> dict[str, float]:
+    """The host's part of EMANTeacher.update, without and with a low-precision copy."""
+    times = {}
+    for label, cast in (("teacher", None), ("cast", torch.bfloat16)):
+        keeper = EMANTeacher(student, MOMENTUM, cast=cast)
+        if cast is not None:
+            keeper._low_precision()  # as the first forward does
+        keeper.update(student)
+        times |= host_times(partial(keeper.update, student), plan_for(keeper.module, student), rounds, label)
+    return times
 
 
 def free_bytes(device: torch.device) -> int:
@@ -74,7 +94,6 @@ def point(
     flat: list[Tensor] = [*teacher.flat, *student.flat]
     rows[LIMIT].gigabytes = 3 * flat[0].nbytes / 1e9
     updates = {LIMIT: lambda: flat[0].lerp_(flat[1], 1.0 - MOMENTUM)}
-    # One of ours: another backend would make the plan of this pair of networks anew, and each the other's.
     mine = next(label for label, method in methods.items() if label.startswith(OURS) and isinstance(method, Method))
     for label in (*COMPARED, mine):
         method = methods[label]

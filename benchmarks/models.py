@@ -51,6 +51,7 @@ def odd_sizes() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": torchvision.models.resnet50,
     "mobilenet_v3_large": torchvision.models.mobilenet_v3_large,  # many small tensors
+    "mobilenet_v2": torchvision.models.mobilenet_v2,
     "wide_resnet28_2": wide_resnet28_2,
     "vit_b_16": torchvision.models.vit_b_16,  # few large ones, and no buffers
     "odd_sizes": odd_sizes,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from checks import rules_kept
 from counts import SIZES, host_instructions, no_callgrind
-from growth import around_the_kernel, growth
+from growth import around_the_kernel, around_the_kernel_of_teachers, growth
 from models import DTYPES, MODELS, pair
 from peers import peers
 from pictures import draw
@@ -80,13 +80,14 @@ def run(device: torch.device, quick: bool) -> list[dict]:
             if dtype == "float32":
                 with torch.no_grad():
                     around = around_the_kernel(*pair(model, dtype, device), rounds)
+                    around |= around_the_kernel_of_teachers(pair(model, dtype, device)[1], rounds)
                 name = main_of_ours([*map(asdict, measured)])
                 vars(next(row for row in measured if row.method == name)).update(around)
             found = [asdict(row) for row in measured]
             rows += found
             print(f"\n### {title(model, dtype, threads, found)}\n\n{update_table(found)}", flush=True)
     if device.type == "cpu" and threads > 1 and not quick:
-        for model in ("resnet50", "mobilenet_v3_large"):
+        for model in ("resnet50", "mobilenet_v3_large", "mobilenet_v2"):
             rows += map(asdict, measure(model, "float32", device, 1, rounds, methods_for(device, "float32")))
         torch.set_num_threads(threads)
     found = methods_for(device, "float32")
@@ -135,8 +136,9 @@ def block(rows: list[dict], stem: str) -> str:
     )]  # fmt: skip
     mine = next(row for row in rows if row["kind"] == "update" and "plan_ms" in row)
     around = (
-        f"`update()` apart from the kernel, for {mine['model']}: {mine['host_warm_us']:.0f} us in a warm cache and "
-        f"{mine['host_cold_us']:.0f} us in a cold one. Making its plan takes {mine['plan_ms']:.1f} ms, once; the table "
+        f"`EMANTeacher.update()` apart from the kernel, for {mine['model']}: {mine['teacher_warm_us']:.0f} us in a warm "
+        f"cache and {mine['teacher_cold_us']:.0f} us in a cold one; with `cast` {mine['cast_warm_us']:.0f} and "
+        f"{mine['cast_cold_us']:.0f} us. Making its plan takes {mine['plan_ms']:.1f} ms, once; the table "
         f"of chunks is {mine['table_bytes'] / 1e3:.0f} KB."
     )
     return "\n\n".join([head, summary(rows, "float32").rstrip(), *figures, step_table(rows).rstrip(), around]) + "\n"

@@ -59,6 +59,10 @@ class Row:
     # Of ours alone, where growth.py measures it: the host's work without the kernel, and what a plan costs.
     host_warm_us: float | None = None
     host_cold_us: float | None = None
+    teacher_warm_us: float | None = None  # the same of EMANTeacher.update
+    teacher_cold_us: float | None = None
+    cast_warm_us: float | None = None  # and with a low-precision copy
+    cast_cold_us: float | None = None
     plan_ms: float | None = None
     table_bytes: int | None = None
 

@@ -3,7 +3,6 @@
 A method makes a `Following` of a teacher, a student and a momentum. It may take the teacher for its own.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from models import tensors_of
 from torch import Tensor, nn
 
 import eman_kernels
-from eman_kernels import EMANTeacher, eman_update_, plan_for
+from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
 from eman_kernels.plan import Plan
 
 LOOP, LIMIT, COPY = "published EMAN loop", "limit: one flat lerp", "flat copy"
@@ -107,6 +106,17 @@ def ours(backend: str) -> Callable[[nn.Module, nn.Module, float], Following]:
     return make
 
 
+def ours_of_views(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    """Lists whose tensors are other objects in each call, as torch's AveragedModel hands them over."""
+    averaged, followed, copied, source = split(teacher, student)
+    mine, theirs = averaged + copied, followed + source
+
+    def update() -> None:
+        ema_update_([t.detach() for t in mine], [t.detach() for t in theirs], momentum)
+
+    return Following(update, tensors_of(teacher), dispatched=False)
+
+
 def ours_stochastic(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     keeper = EMANTeacher(teacher, momentum, rounding="stochastic")
     return Following(
@@ -129,6 +139,6 @@ def by_us(device: torch.device) -> dict[str, Method | str]:
     for name, reason in eman_kernels.available_backends().items():
         if name != "reference" and not (name in ("cpu", "cuda") and name != device.type):
             found[f"eman_kernels {name}"] = f"not available: {reason}" if reason else Method(ours(name), exact=True)
-    if "rounding" in inspect.signature(EMANTeacher).parameters:
-        found["eman_kernels, stochastic"] = Method(ours_stochastic)
+    found["eman_kernels, fresh views"] = Method(ours_of_views, exact=True)
+    found["eman_kernels, stochastic"] = Method(ours_stochastic)
     return found

@@ -119,6 +119,7 @@ template <typename Rule>
 __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rule) {
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
+  if (rule.rests()) return;
   for_elements<T, S>(chunk, [&](auto n, uint32_t first) {
     constexpr int kN = decltype(n)::value;
     const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
@@ -153,6 +154,7 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
   uint32_t skipped = 0;
+  rule.heals = call.skip_nonfinite;
   for_elements<T, S>(records[0], [&](auto n, uint32_t first) {
     constexpr int kN = decltype(n)::value;
     Elements<S, kN> student;
@@ -176,6 +178,8 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
       if (chunk.flags & kCopied) {
 #pragma unroll
         for (int i = 0; i < kN; ++i) teacher.at[i] = rule.copied(student.at[i]);
+      } else if (rule.rests()) {
+        teacher = was;
       } else if (Rule::kRounds && call.stochastic) {
         const uint64_t number = chunk.extra + first;
         const Random random = philox(number / 8);

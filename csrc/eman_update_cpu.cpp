@@ -22,7 +22,13 @@ template <typename Rule>
 EMAN_FN void update_chunk(const Chunk& chunk, const Rule& rule) {
   auto* __restrict teacher = reinterpret_cast<typename Rule::Teacher*>(chunk.teacher);
   const auto* __restrict student = reinterpret_cast<const typename Rule::Student*>(chunk.student);
-  for (uint32_t i = 0; i < chunk.numel; ++i) teacher[i] = rule(teacher[i], student[i]);
+  if (rule.rests()) return;
+  if (rule.copies()) {
+    // Asked here, the other loop need not ask for each element.
+    for (uint32_t i = 0; i < chunk.numel; ++i) teacher[i] = rule.copied(student[i]);
+  } else {
+    for (uint32_t i = 0; i < chunk.numel; ++i) teacher[i] = rule(teacher[i], student[i]);
+  }
 }
 
 EMAN_CLONES void update_chunk_of_any_pair(const Chunk& chunk, Weight weight) {
@@ -71,17 +77,20 @@ EMAN_FN void update_block(const Chunk& chunk, const Rule& rule, const Call& call
   using S = typename Rule::Student;
   auto* __restrict teacher = reinterpret_cast<T*>(chunk.teacher) + first;
   const auto* __restrict student = reinterpret_cast<const S*>(chunk.student) + first;
-  const auto keeps = [&](uint32_t i) { return kSkips && !is_finite(student[i]); };
+  const auto store = [&](uint32_t i, T next) {
+    if (kSkips && !is_finite(student[i])) next = teacher[i];
+    teacher[i] = next;
+  };
   if (chunk.flags & kCopied) {
-    for (uint32_t i = 0; i < n; ++i) teacher[i] = keeps(i) ? teacher[i] : rule.copied(student[i]);
+    for (uint32_t i = 0; i < n; ++i) store(i, rule.copied(student[i]));
+  } else if (rule.rests()) {
+    // The copy below is written all the same.
   } else if (Rule::kRounds && call.stochastic) {
     uint16_t random[kBlock];
     draw(call.random(), chunk.extra + first, random);
-    for (uint32_t i = 0; i < n; ++i) {
-      teacher[i] = keeps(i) ? teacher[i] : rule.stochastic(teacher[i], student[i], random[i]);
-    }
+    for (uint32_t i = 0; i < n; ++i) store(i, rule.stochastic(teacher[i], student[i], random[i]));
   } else {
-    for (uint32_t i = 0; i < n; ++i) teacher[i] = keeps(i) ? teacher[i] : rule(teacher[i], student[i]);
+    for (uint32_t i = 0; i < n; ++i) store(i, rule(teacher[i], student[i]));
   }
   if constexpr (Rule::kCasts) {
     const uint64_t copy = chunk.extra + uint64_t{first} * sizeof(uint16_t);
@@ -97,7 +106,8 @@ EMAN_FN void update_block(const Chunk& chunk, const Rule& rule, const Call& call
 // All that an update can be, for one piece of the student. Returns how many of its elements were skipped.
 EMAN_CLONES uint64_t update_piece(const Chunk* records, const Call& call) {
   uint64_t skipped = 0;
-  with_rule(records[0].pair, Weight(), [&](auto rule) {
+  // Not inlined, the lambda would be compiled once for any x86-64, and a clone would call it.
+  with_rule(records[0].pair, Weight(), [&](auto rule) __attribute__((always_inline)) {
     using S = typename decltype(rule)::Student;
     for (uint32_t first = 0; first < records[0].numel; first += kBlock) {
       const uint32_t n = std::min(kBlock, records[0].numel - first);
@@ -107,6 +117,7 @@ EMAN_CLONES uint64_t update_piece(const Chunk* records, const Call& call) {
       }
       for (int k = 0; k < call.n_teachers; ++k) {
         rule.weight = call.weight(k);
+        rule.heals = call.skip_nonfinite;
         if (call.skip_nonfinite) {
           update_block<decltype(rule), true>(records[k], rule, call, first, n);
         } else {

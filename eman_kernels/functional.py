@@ -117,15 +117,16 @@ def eman_update_(
     Floating-point parameters and buffers (BatchNorm's running statistics) are averaged, integer and bool buffers
     (num_batches_tracked) copied. Tensors are paired by name, through the prefixes of DDP and torch.compile; tied ones
     are updated once. The arithmetic is float32 (float64 where a tensor of the pair is), with one rounding into the
-    teacher's dtype: the bits of ``torch.lerp(teacher, student, 1 - momentum)``. The plan made in the first call is
-    remembered as long as both networks live, and made anew when a tensor was replaced or has moved.
+    teacher's dtype: the bits of ``torch.lerp(teacher, student, 1 - momentum)``; where both are equal, infinities too,
+    the teacher stays as it is. The plan made in the first call is remembered as long as both networks live, and made
+    anew when a tensor was replaced or has moved.
 
     Args:
         teacher: the network that is written. Shapes as the student's, dtypes as you like.
         student: the network that is read. Another object than the teacher, with its own memory.
-        momentum: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is. A 0-d tensor of float32 or float64 on
-            the teacher's device is read there by the kernel, when it runs: nothing waits for the device, a captured
-            CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
+        momentum: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is, NaNs too. A 0-d tensor of float32 or
+            float64 on the teacher's device is read there by the kernel, when it runs: nothing waits for the device, a
+            captured CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
         rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
             Spectral norm's ``{"*.weight_u": "copy", "*.weight_v": "copy"}``, for example.
         buffers: "ema", "copy" or "skip" for the buffers that no pattern names.
@@ -138,7 +139,7 @@ def eman_update_(
             seed in [0, 2^32), the step another for each update: a number, or a 0-d int64 tensor on the teacher's
             device.
         nonfinite: "propagate" NaNs and infinities of the student, or "skip" them: such an element keeps its teacher's
-            value.
+            value. A finite one then takes the place of a teacher's that is not finite. At momentum 1 nothing changes.
         skipped: a 0-d int64 tensor on the teacher's device, to which the number of skipped elements is added.
 
     Raises:

@@ -52,7 +52,8 @@ class EMANTeacher(nn.Module):
             pass, and ``teacher(x)`` runs it, on x cast likewise. BatchNorm stays in float32, which torch's takes beside
             bf16 inputs. ``teacher.module`` and state_dict() hold the float32 teacher.
         nonfinite: "propagate" (default) NaNs and infinities of the student, or "skip" them: such an element keeps its
-            teacher's value, and ``teacher.skipped`` counts how many there were.
+            teacher's value, and ``teacher.skipped`` counts how many there were. A finite one then takes the place of a
+            teacher's that is not finite; at momentum 1 nothing changes.
         capturable: keep the step on the teacher's device, so that an update in a captured CUDA graph advances it, and
             with it the schedule (which then gets the step as a 0-d float64 tensor) and stochastic rounding.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eman_kernels import backends
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Plan, Work
+from eman_kernels.plan import Call, Plan, Work
 
 EMA_PAIRS = [
     (torch.float32, torch.float32),
@@ -26,6 +26,8 @@ COPY_DTYPES = [torch.bool, torch.int8, torch.bfloat16, torch.int32, torch.float3
 MOMENTA = [0.0, 0.1, 0.5, 0.7, 0.996, 0.9999, 1.0]
 CHUNK = 16384
 SIZES = [0, 1, 2, 7, 8, 17, 1009, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+# Each is a number of every dtype, so that a cast rounds none of them.
+NUMBERS = [torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, -2.5, 2.0**15, -(2.0**15)]
 SENTINEL = 0x5A
 # Triton reads the variable when it is imported: test_triton.py starts a process in which all of it is interpreted.
 INTERPRETED = [
@@ -76,6 +78,15 @@ def planned(pairs: list[Pair], backend: str | None = None, **options: bool) -> t
     return Plan(pairs, tensors, backend, **options), tensors
 
 
+def update(backend: str, pairs: list[Pair], call: Call, **options: bool) -> Plan:
+    """Run all of the pairs by this backend, none by the reference in its stead."""
+    made, tensors = planned(pairs, backend, **options)
+    assert not made.ineligible
+    for work in made.works:
+        work.backend.run(work, call, tensors)
+    return made
+
+
 def work_of(pairs: list[Pair], backend: ModuleType, device: torch.device, *options: object, **more: object) -> Work:
     """What one backend does for these pairs, eligible or not."""
     return Work(device, backend, pairs, {id(t): i for i, t in enumerate(tensors_of(pairs))}, *options, **more)
@@ -113,10 +124,32 @@ def values(numel: int, dtype: torch.dtype) -> Tensor:
     return random
 
 
+def every_number(teacher_dtype: torch.dtype, student_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Every number against every other one, often enough for a loop over vectors and an end of single elements; and
+    the largest finite numbers, whose difference overflows."""
+    largest = torch.finfo(teacher_dtype).max
+    teacher = torch.tensor([*NUMBERS, largest, -largest], dtype=torch.float64).to(teacher_dtype)
+    student = torch.tensor(NUMBERS, dtype=torch.float64).to(student_dtype)
+    pairs = torch.cartesian_prod(torch.arange(len(teacher)), torch.arange(len(student)))
+    teacher, student = teacher[pairs[:, 0]], student[pairs[:, 1]]
+    # Of one's own dtype, so that student and teacher can be the largest at once.
+    if teacher_dtype == student_dtype:
+        ends = torch.tensor([largest, -largest, -largest, largest], dtype=teacher_dtype)
+        teacher, student = torch.cat([teacher, ends]), torch.cat([student, ends.roll(1)])
+    return teacher.repeat(11), student.repeat(11)
+
+
 def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
-    """torch's own, on the CPU, in the precision and with the rounding that the update promises."""
+    """torch's own, on the CPU, in the precision and with the rounding that the update promises; but at momentum 0 and 1
+    and where both are equal no arithmetic at all, which would make NaNs of what is not finite."""
+    teacher, student = teacher.cpu(), student.cpu()
+    if momentum in (0, 1):
+        return teacher.clone() if momentum else student.to(teacher.dtype, copy=True)
     wide = torch.float64 if torch.float64 in (teacher.dtype, student.dtype) else torch.float32
-    return torch.lerp(teacher.cpu().to(wide), student.cpu().to(wide), 1.0 - momentum).to(teacher.dtype)
+    average = torch.lerp(teacher.to(wide), student.to(wide), 1.0 - momentum).to(teacher.dtype)
+    equal = teacher.to(wide) == student.to(wide)
+    average[equal] = teacher[equal]
+    return average
 
 
 def is_interpreted(backend: str, device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """The build: what it makes, what it leaves out and says so, and what the compiler made of the kernel."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -108,6 +109,29 @@ def test_accesses_are_global_and_16_bytes_wide(cubins, arch, kernel):
     assert count("LDG", ".128", "CONSTANT") >= 10
     # Teachers are read for the averages alone: 6 of 16 bytes.
     assert count("LDG", ".128") - count("LDG", ".128", "CONSTANT") >= 6
+
+
+def test_the_cpu_kernels_clones_are_vector_code(tmp_path):
+    """Plain and general: an fma of the machine's own wherever the machine has one, and of whole vectors."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    if int(call(compiler, "-dumpversion").stdout.split(".")[0]) < 12:
+        pytest.skip("this g++ makes no clones")
+    flags = re.search(r"COMPILE_LANGUAGE:CXX>:([^>]*)>", (CSRC / "CMakeLists.txt").read_text())[1].split()
+    made = tmp_path / "cpu.o"
+    call(compiler, *flags, "-std=c++17", "-fPIC", "-c", CSRC / "eman_update_cpu.cpp", "-o", made)
+    code = call(tool("objdump"), "-dr", "--no-show-raw-insn", made).stdout
+    functions = dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n(.*?)(?=\n\n|\Z)", code, re.M | re.S))
+    calling = {name for name, body in functions.items() if re.search(r"\bfmaf?\b", body)}
+    assert calling
+    assert all(name.endswith(".default") for name in calling), calling
+    for kernel in ("update_chunk_of_any_pair", "update_piece"):
+        for arch, register in (("v3", "ymm"), ("v4", "zmm")):
+            (body,) = (body for name, body in functions.items() if kernel in name and name.endswith(f"x86_64_{arch}"))
+            vectors = len(re.findall(rf"vfmadd\w+p[sd] .*%{register}", body))
+            print(kernel, arch, vectors)
+            assert vectors >= 8  # pairs
 
 
 # ---------------------------------------------------------------- the extension and the wheel

@@ -13,6 +13,7 @@ from conftest import (
     lerp,
     planned,
     tensors_of,
+    update,
     values,
     work_of,
 )
@@ -34,15 +35,6 @@ def name_of(dtypes):
 def sizes(backend, device):
     """The interpreter takes a millisecond an element of these."""
     return [0, 1, 17, 2063] if is_interpreted(backend, device) else SIZES
-
-
-def update(backend, pairs, call, **options):
-    """Run all of the pairs by this backend, none by the reference in its stead."""
-    made, tensors = planned(pairs, backend, **options)
-    assert not made.ineligible
-    for work in made.works:
-        work.backend.run(work, call, tensors)
-    return made
 
 
 @pytest.mark.parametrize("dtypes", HALF_PAIRS, ids=name_of)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COPY_DTYPES, EMA_PAIRS, SIZES, assert_same_bits, lerp, tensors_of, values, work_of
+from conftest import (
+    COPY_DTYPES,
+    EMA_PAIRS,
+    SIZES,
+    assert_same_bits,
+    every_number,
+    lerp,
+    tensors_of,
+    values,
+    work_of,
+)
 
 from eman_kernels.backends import reference
 from eman_kernels.pairing import Pair
@@ -72,7 +82,7 @@ def run(program, kernel, cases, momentum):
 
 @cache
 def every_case():
-    """Every pair, size and alignment."""
+    """Every pair, size and alignment; and what is not finite against everything."""
     return list(_every_case())
 
 
@@ -86,6 +96,10 @@ def _every_case():
         for dtype in COPY_DTYPES:
             for offset in (0, dtype.itemsize):
                 yield COPY_CODES[dtype.itemsize], values(size, dtype), values(size, dtype), (0, offset)
+
+    for dtypes in EMA_PAIRS:
+        for offset in (0, 1):
+            yield PAIR_CODES[("ema", *dtypes)], *every_number(*dtypes), [offset * dtype.itemsize for dtype in dtypes]
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,20 @@ def run(work, call, tensors) -> None:
         if place.rule == "copy":
             new = student.to(teacher.dtype)
         else:
-            average = lerp(teacher, student, weights[place.group])
+            weight = weights[place.group]
+            average = lerp(teacher, student, weight, heals=work.skip_nonfinite)
             if work.stochastic:
                 new = rounded_at_random(average, teacher.dtype, place.first, call)
             else:
                 new = average.to(teacher.dtype)
-        if work.skip_nonfinite and student.is_floating_point():
+            # At momentum 1 nothing new: a NaN would lose its bits on the way.
+            new = torch.where(weight_in(torch.float32, weight, teacher.device) == 0, teacher, new)
+        if work.skip_nonfinite:
             # torch asks float8 for no such thing.
-            infinite = ~torch.isfinite(student.float() if student.element_size() == 1 else student)
-            new = torch.where(infinite, teacher, new)
+            finite = student.to(_at_least_float32(student)).isfinite()
+            new = torch.where(finite, new, teacher)
             if place.group == 0 and call.skipped is not None:
-                call.skipped += infinite.sum() * (1 if call.found_inf is None else call.found_inf == 0)
+                call.skipped += (~finite).sum() * (1 if call.found_inf is None else call.found_inf == 0)
         if call.found_inf is not None:
             new = torch.where(call.found_inf != 0, teacher, new)
         teacher.copy_(new)
@@ -50,12 +53,28 @@ def swap(work, tensors) -> None:
         student.copy_(was)
 
 
-def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor) -> Tensor:
-    """The average before it is rounded, in float32 or wider. weight = 1 - momentum."""
-    wide = torch.promote_types(_at_least_float32(teacher), _at_least_float32(student))
+def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor, heals: bool = False) -> Tensor:
+    """The average before it is rounded, in float32 or wider. weight = 1 - momentum. heals: the student's number takes
+    the place of a teacher's that is not finite."""
+    wide = wide_of(teacher, student)
+    t, s, w = teacher.to(wide), student.to(wide), weight_in(wide, weight, teacher.device)
+    if heals:
+        t = torch.where(t.isfinite(), t, s)
+    average = torch.lerp(t, s, w)
+    # Of equal infinities torch.lerp makes NaNs, and at weight 1 of a teacher that is not finite.
+    return torch.where((t == s) | (w == 1), s, average)
+
+
+def wide_of(teacher: Tensor, student: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.promote_types(_at_least_float32(teacher), _at_least_float32(student))
+
+
+def weight_in(wide: torch.dtype, weight: float | Tensor, device: torch.device) -> Tensor:
+    """Rounded as the arithmetic takes it. A number is written there by the device itself, for which nobody waits."""
     if isinstance(weight, Tensor):
-        weight = weight.to(teacher.device, wide)
-    return torch.lerp(teacher.to(wide), student.to(wide), weight)
+        return weight.to(device, wide)
+    return torch.full((), weight, dtype=wide, device=device)
 
 
 def rounded_at_random(average: Tensor, dtype: torch.dtype, first: int, call) -> Tensor:

@@ -116,7 +116,8 @@ if not missing:
         """csrc/ema_math.h says why this form. With a branch Triton would not inline it, nor make wide accesses."""
         near_teacher = weight < 0.5
         coefficient = tl.where(near_teacher, weight, weight - 1.0)
-        return tl.fma(coefficient, student - teacher, tl.where(near_teacher, teacher, student))
+        difference = tl.where(weight == 1.0, 0.0, tl.where(student == teacher, 0.0, student - teacher))
+        return tl.fma(coefficient, difference, tl.where(near_teacher, teacher, student))
 
     @triton.jit
     def _weight(momenta, weights, k: tl.constexpr, REAL: tl.constexpr):
@@ -198,12 +199,19 @@ if not missing:
                 extra = tl.load(records + 4 * k + 2)
                 flags = tl.load(records + 4 * k + 3) >> 48
                 old = tl.load(teacher + at, mask=mask)
-                average = _ema(old.to(REAL), followed.to(REAL), _weight(momenta, weights, k, REAL))
+                start = old.to(REAL)
+                if SKIPS:
+                    # The student's number takes the place of one that is not finite.
+                    start = tl.where((start - start) != 0.0, followed.to(REAL), start)
+                weight = _weight(momenta, weights, k, REAL)
+                average = _ema(start, followed.to(REAL), weight)
                 if STOCHASTIC and (T.is_bf16() or T.is_fp16()):
                     group = (extra + first).to(tl.uint64) // 8 + row.to(tl.uint64)
                     new = _rounded_at_random(average, _drawn(group, column, seed, step), T)
                 else:
                     new = average.to(T)
+                # At momentum 1 even a NaN keeps its bits.
+                new = tl.where(weight == 0.0, old, new)
                 new = tl.where(flags & 2 != 0, followed.to(REAL).to(T), new)
                 if SKIPS:
                     new = tl.where(keeps, old, new)
@@ -239,7 +247,11 @@ if not missing:
         WIDE: tl.constexpr = THREADS * 128 // max(T.primitive_bitwidth, S.primitive_bitwidth)
         if GENERAL is None:
             teacher = tl.load(records).to(tl.pointer_type(T))
-            weight = _weight(momenta, weights, 0, REAL) if AVERAGED else 0.0
+            weight = 0.0
+            if AVERAGED:
+                weight = _weight(momenta, weights, 0, REAL)
+                # At momentum 1 nothing is written.
+                numel = tl.where(weight == 0.0, 0, numel)
             if (packed >> 48) & 1 != 0:
                 aligned_teacher = tl.multiple_of(teacher, 16)
                 aligned_student = tl.multiple_of(student, 16)

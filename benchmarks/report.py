@@ -136,8 +136,8 @@ def block(rows: list[dict], stem: str) -> str:
     )]  # fmt: skip
     mine = next(row for row in rows if row["kind"] == "update" and "plan_ms" in row)
     around = (
-        f"`EMANTeacher.update()` apart from the kernel, for {mine['model']}: {mine['teacher_warm_us']:.0f} us in a warm "
-        f"cache and {mine['teacher_cold_us']:.0f} us in a cold one; with `cast` {mine['cast_warm_us']:.0f} and "
+        f"`EMANTeacher.update()` apart from the kernel, for {mine['model']}: {mine['teacher_warm_us']:.0f} us in a "
+        f"warm cache and {mine['teacher_cold_us']:.0f} us in a cold one; with `cast` {mine['cast_warm_us']:.0f} and "
         f"{mine['cast_cold_us']:.0f} us. Making its plan takes {mine['plan_ms']:.1f} ms, once; the table "
         f"of chunks is {mine['table_bytes'] / 1e3:.0f} KB."
     )

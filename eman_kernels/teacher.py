@@ -48,9 +48,11 @@ class EMANTeacher(nn.Module):
         rounding: "nearest" (default) or "stochastic", with which bf16 and fp16 teachers move all the same: up or down
             at random, so that the mean is the exact average. A run repeats itself for the same seed.
         seed: of stochastic rounding, in [0, 2^32); default 0.
-        cast: ``torch.bfloat16`` or ``torch.float16``: a low-precision copy of a float32 teacher is written in the same
-            pass, and ``teacher(x)`` runs it, on x cast likewise. BatchNorm stays in float32, which torch's takes beside
-            bf16 inputs. ``teacher.module`` and state_dict() hold the float32 teacher.
+        cast: ``torch.bfloat16`` or ``torch.float16``: ``teacher(x)`` runs the network in this type, on x cast likewise.
+            From the first such call on, low-precision copies of a float32 teacher's tensors are written in the
+            update's own pass. BatchNorm stays in float32, which torch's takes beside bf16 inputs. ``teacher.module``
+            and state_dict() hold the float32 teacher; its own modules run, with the copies for the length of the call
+            in place of their tensors. A write to the teacher that torch does not record wants ``refresh()``.
         nonfinite: "propagate" (default) NaNs and infinities of the student, or "skip" them: such an element keeps its
             teacher's value, and ``teacher.skipped`` counts how many there were. A finite one then takes the place of a
             teacher's that is not finite; at momentum 1 nothing changes.

@@ -76,7 +76,7 @@ bool bump_versions(const py::list& tensors, uint64_t numbers, int64_t n) {
   return true;
 }
 
-// Which names the dicts have in which a module keeps its own.
+// The names of the dicts in which a module keeps its own.
 const std::array<PyObject*, 3>& kinds() {
   static const std::array<PyObject*, 3> names = {PyUnicode_InternFromString("_parameters"),
                                                  PyUnicode_InternFromString("_buffers"),
@@ -156,19 +156,20 @@ class Walk {
     if (!kRecords) fetch_ahead();
     const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
     if (!dict) throw py::error_already_set();
-    std::array<PyObject*, 3> own;
+    // Kept while it is walked: to make a dict can run the garbage collector, and that can run anything.
+    std::array<py::object, 3> own;
     for (size_t kind = 0; kind < own.size(); ++kind) {
-      own[kind] = entry(dict.ptr(), kinds()[kind]);
+      own[kind] = py::reinterpret_borrow<py::object>(entry(dict.ptr(), kinds()[kind]));
       // Scripted modules, for one, have no dicts.
-      if (own[kind] == nullptr || !PyDict_Check(own[kind])) return false;
+      if (!own[kind] || !PyDict_Check(own[kind].ptr())) return false;
     }
     if (kRecords) {
       touches(reinterpret_cast<char*>(module) - 64, 128);  // what lies before an object may be its dict's address
       touches_dict(dict.ptr());
-      for (PyObject* held : own) touches_dict(held);
+      for (const auto& held : own) touches_dict(held.ptr());
       seen_.upto.push_back(seen_.lines.size());
     }
-    return held(own[0], false) && held(own[1], false) && held(own[2], true);
+    return held(own[0].ptr(), false) && held(own[1].ptr(), false) && held(own[2].ptr(), true);
   }
 
   // Of this name, or null. Where it stood last time it will stand again, which spares the lookup.
@@ -195,7 +196,6 @@ class Walk {
       if (value == Py_None) {
         if (!same(0)) return false;
       } else if (modules) {
-        // A walk can make dicts, dicts can make the garbage collector run, and that can run anything.
         const auto kept = py::reinterpret_borrow<py::object>(value);
         if (!module(value)) return false;
       } else if (!tensor(value)) {

@@ -280,19 +280,23 @@ def _follow(
     if any(teacher is student for teacher in teachers):
         raise ValueError("teacher and student are the same module; the teacher must be a copy.deepcopy of the student")
     _, rules, buffers, backend, rounding, nonfinite = options
+    pairs = [
+        replace(pair, group=group)
+        for group, teacher in enumerate(teachers)
+        for pair in pair_modules(teacher, student, dict(rules), buffers)
+    ]
     masters = [copy.follow(teacher) for teacher, copy in zip(teachers, copies, strict=False)]  # there may be none
+    # What is not float32 no kernel writes along: it is copied when it is to be read.
+    low = {
+        id(master): cast
+        for copy, its in zip(copies, masters, strict=True)
+        for master, cast in zip(its, copy.copies, strict=True)
+        if master.dtype == torch.float32
+    }
+    pairs = [replace(pair, cast=low.get(id(pair.teacher))) for pair in pairs]
     roots = [*teachers, student, *(copy.copies for copy in copies)]
     watch = Watch(roots)
     tensors = watch.look(roots)
-    pairs = []
-    for group, teacher in enumerate(teachers):
-        # What is not float32 no kernel writes along: it is copied when it is to be read.
-        low = {}
-        if copies:
-            both = zip(masters[group], copies[group].copies, strict=True)
-            low = {id(master): copy for master, copy in both if master.dtype == torch.float32}
-        for pair in pair_modules(teacher, student, dict(rules), buffers):
-            pairs.append(replace(pair, group=group, cast=low.get(id(pair.teacher))))
     written = {id(pair.teacher) for pair in pairs if pair.cast is not None}
     number = {id(tensor): i for i, tensor in enumerate(tensors)}
     return _Followed(

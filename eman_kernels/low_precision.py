@@ -50,7 +50,8 @@ class LowPrecision:
             )
             if was != now or storage.expired()
         ]
-        torch._foreach_copy_([self.copies[i] for i in stale], [masters[i] for i in stale])
+        with torch.no_grad():
+            torch._foreach_copy_([self.copies[i] for i in stale], [masters[i] for i in stale])
         self._see(masters)
 
     def written(self, masters: Sequence[Tensor], which: Sequence[int]) -> None:

@@ -29,8 +29,8 @@ Roots = Sequence[nn.Module | list[Tensor]]
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether its address says where its elements are. A subclass keeps that to itself."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """Whether its address and strides say where its elements are. A subclass keeps that to itself."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
 
 
 class Watch:
@@ -105,7 +105,7 @@ def _answers(tensors: Iterator[Tensor]) -> list[object]:
         shape, layout = None, tensor.layout
         if not isinstance(tensor, UninitializedTensorMixin):
             shape = tensor.shape
-            if is_plain(tensor) and layout is torch.strided and not tensor.is_nested:
+            if is_plain(tensor):
                 where, layout = tensor.data_ptr(), tensor.stride()
         answers.append((where, shape, layout, tensor.dtype, tensor.device))
     return answers
@@ -144,8 +144,8 @@ def _use_torch() -> bool:
     if len(common) != 1:
         return False
     addresses = [_address(function) for function in functions]
-    bump = _address(getattr(library, _BUMP_VERSION, None))
-    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, common.pop(), bump)
+    bump, offset = _address(getattr(library, _BUMP_VERSION, None)), common.pop()
+    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, bump)
     return True
 
 

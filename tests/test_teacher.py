@@ -417,6 +417,18 @@ def test_refresh_after_a_write_that_torch_does_not_record(student, write):
     assert teacher._copy.copies[0] is low  # in place: a captured graph reads it
 
 
+def test_a_teacher_that_requires_grad_with_a_copy(student):
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    teacher.module.requires_grad_(True)
+    x = torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        assert torch.equal(teacher(x), expected(teacher, x))
+        with torch.no_grad():
+            teacher.module[0].weight.add_(1)
+        teacher.update(student)
+    assert not any(low.requires_grad for low in teacher._copy.copies)
+
+
 def test_swapped_with_a_copy(student):
     teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
     train_step(student)

@@ -38,17 +38,23 @@ eman::Call call(uint64_t chunks, const std::vector<double>& momenta, uint64_t mo
   return call;
 }
 
+eman::Call plain_call(uint64_t chunks, double momentum) {
+  return call(chunks, {momentum}, 0, false, 0, false, false, 0, 0, 0, 0);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   eman::bind_watch(m);
-  py::class_<eman::Call>(m, "Call").def(py::init(&call), py::arg("chunks"), py::arg("momenta"), py::kw_only(),
-                                        py::arg("momenta_address") = 0, py::arg("momenta_are_double") = false,
-                                        py::arg("found_inf") = 0, py::arg("stochastic") = false,
-                                        py::arg("skip_nonfinite") = false, py::arg("seed") = 0, py::arg("step") = 0,
-                                        py::arg("step_address") = 0, py::arg("skipped") = 0);
+  py::class_<eman::Call>(m, "Call")
+      // What most updates are, first: it is found without a look at nine defaults.
+      .def(py::init(&plain_call), py::arg("chunks"), py::arg("momentum"))
+      .def(py::init(&call), py::arg("chunks"), py::arg("momenta"), py::kw_only(), py::arg("momenta_address") = 0,
+           py::arg("momenta_are_double") = false, py::arg("found_inf") = 0, py::arg("stochastic") = false,
+           py::arg("skip_nonfinite") = false, py::arg("seed") = 0, py::arg("step") = 0, py::arg("step_address") = 0,
+           py::arg("skipped") = 0);
   m.def("update_cpu", &eman::update_cpu, py::arg("call"), py::arg("n_pieces"), py::arg("general"), py::arg("threads"),
         without_gil);
   m.def(

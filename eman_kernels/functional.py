@@ -18,7 +18,7 @@ from . import backends
 from .low_precision import LowPrecision
 from .pairing import Pair, Rule, check, check_lengths, pair_lists, pair_modules
 from .plan import Call, Plan
-from .watch import Roots, Watch, is_plain
+from .watch import Roots, Watch, increment_versions, is_plain
 
 Rounding = Literal["nearest", "stochastic"]
 Nonfinite = Literal["propagate", "skip"]
@@ -196,10 +196,12 @@ def ema_update_(
         tensors = watch.look(roots)
         found = _Followed(options, watch, _plan(pair_lists(teachers, students), tensors, *options)), tensors
         known.add(found[0])
-    plan = found[0].plan
-    _warn_of_a_stall(plan, call.momenta)
-    plan.announce(found[1])
-    plan.run(call, found[1])
+    followed, tensors = found
+    plan = followed.plan
+    if plan.stalls_below:
+        _warn_of_a_stall(plan, call.momenta)
+    increment_versions(tensors, plan.written)
+    plan.run(call, tensors)
 
 
 @contextmanager
@@ -259,19 +261,23 @@ def update_networks(
 ) -> None:
     """Let several networks follow one. options: those of update_options. copies: the teachers' low-precision copies."""
     known = _known_networks(teachers[0], student)
-    found = known.find(options, [*teachers, student, *(copy.copies for copy in copies)])
+    roots = [*teachers, student]
+    for copy in copies:
+        roots.append(copy.copies)
+    found = known.find(options, roots)
     if found is None:
         found = _follow(teachers, student, options, copies)
         known.add(found[0])
     followed, tensors = found
-    masters = [[tensors[i] for i in numbers] for numbers in followed.masters]
-    for copy, its in zip(copies, masters, strict=True):
-        copy.refresh(its)
-    _warn_of_a_stall(followed.plan, call.momenta)
-    followed.plan.announce(tensors)
-    for copy, its, which in zip(copies, masters, followed.along, strict=True):
-        copy.written(its, which)
-    followed.plan.run(call, tensors)
+    plan = followed.plan
+    if plan.stalls_below:
+        _warn_of_a_stall(plan, call.momenta)
+    for copy, numbers in zip(copies, followed.masters, strict=True):
+        copy.refresh([tensors[i] for i in numbers])
+    increment_versions(tensors, plan.written)
+    for copy, numbers, which in zip(copies, followed.masters, followed.along, strict=True):
+        copy.written([tensors[i] for i in numbers], which)
+    plan.run(call, tensors)
 
 
 def _follow(
@@ -323,7 +329,7 @@ def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | No
         found = _follow_to_swap(teacher, student, options)
         known.add(found[0])
     followed, tensors = found
-    followed.plan.announce(tensors)
+    increment_versions(tensors, followed.plan.written)
     followed.plan.swap(tensors)
 
 
@@ -409,7 +415,7 @@ def as_momentum(momentum: float | Tensor) -> float | Tensor:
 
 def _warn_of_a_stall(plan: Plan, momenta: list[float] | Tensor) -> None:
     """Once, where the teacher will hardly move."""
-    if plan.stalls_below and not isinstance(momenta, Tensor) and 0 < 1 - max(momenta) < plan.stalls_below:
+    if not isinstance(momenta, Tensor) and 0 < 1 - max(momenta) < plan.stalls_below:
         plan.stalls_below = 0.0
         # Whose line it is stands above ours and those of torch's decorators.
         level, frame = 1, sys._getframe()

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends
 from .backends import reference
 from .pairing import Pair, check
-from .watch import increment_versions, is_plain
+from .watch import is_plain
 
 # csrc/chunk.h, in Python's words.
 CHUNK_SIZE = 16384
@@ -132,7 +132,8 @@ class Plan:
         at = {id(tensor): number for number, tensor in enumerate(tensors)}
         check([], [f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair, at))])
         written = [pair.teacher for pair in pairs] + [pair.student for pair in pairs if pair.rule == "swap"]
-        self._written = torch.tensor([at[id(tensor)] for tensor in written], dtype=torch.int64, device="cpu")
+        # The numbers of those tensors, for increment_versions.
+        self.written = torch.tensor([at[id(tensor)] for tensor in written], dtype=torch.int64, device="cpu")
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         pairs = _numbered(_without_ties_and_empties(pairs))
         _check_memory(pairs)
@@ -165,10 +166,6 @@ class Plan:
         ]
         if rest:
             self.works.append(Work(rest[0].teacher.device, reference, rest, *options))
-
-    def announce(self, tensors: list[Tensor]) -> None:
-        """Tell autograd of the writing to come: now, while the tensors are in the cache that a kernel will fill."""
-        increment_versions(tensors, self._written)
 
     def run(self, call: Call, tensors: Sequence[Tensor]) -> None:
         """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""

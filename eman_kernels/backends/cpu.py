@@ -33,7 +33,8 @@ os.register_at_fork(after_in_child=_one_thread)
 
 def threads(numel: int) -> int:
     """As many as torch uses, fewer for little work."""
-    return max(1, min(torch.get_num_threads(), numel // ELEMENTS_PER_THREAD, _most_threads))
+    most = min(numel // ELEMENTS_PER_THREAD, _most_threads)
+    return min(torch.get_num_threads(), most) if most > 1 else 1
 
 
 def run(work, call, tensors) -> None:

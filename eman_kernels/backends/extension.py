@@ -21,6 +21,8 @@ except ImportError as error:
 def call_of(work, call):
     """The call as the kernels take it: addresses of what lies on the device."""
     table, momenta = work.table.data_ptr(), call.momenta
+    if not work.general and call.found_inf is None and type(momenta) is list:
+        return C.Call(table, momenta[0])
     options = {}
     if isinstance(momenta, Tensor):
         options = {"momenta_address": momenta.data_ptr(), "momenta_are_double": momenta.dtype == float64}

@@ -91,7 +91,9 @@ def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ema_update_([teacher], [student], 0.5)
     tracemalloc.stop()
-    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) == 0
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    # Without the extension foreach looks for infinities, by a sum.
+    assert allocated == 0 if extension.missing is None else allocated <= 16
     (work,) = planned(pair_lists([teacher], [student]))[0].works
     assert work.table.nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
 

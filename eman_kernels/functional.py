@@ -275,9 +275,15 @@ def update_networks(
     for copy, numbers in zip(copies, followed.masters, strict=True):
         copy.refresh([tensors[i] for i in numbers])
     increment_versions(tensors, plan.written)
+    _note_copies(copies, followed, tensors)
+    plan.run(call, tensors)
+    if copies and any(work.table is None for work in plan.works):
+        _note_copies(copies, followed, tensors)  # torch's own operations have counted their writes themselves
+
+
+def _note_copies(copies: Sequence[LowPrecision], followed: _Followed, tensors: list[Tensor]) -> None:
     for copy, numbers, which in zip(copies, followed.masters, followed.along, strict=True):
         copy.written([tensors[i] for i in numbers], which)
-    plan.run(call, tensors)
 
 
 def _follow(

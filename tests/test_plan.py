@@ -94,8 +94,7 @@ def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     # Without the extension foreach looks for infinities, by a sum.
     assert allocated == 0 if extension.missing is None else allocated <= 16
-    (work,) = planned(pair_lists([teacher], [student]))[0].works
-    assert work.table.nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
+    assert table(pair_lists([teacher], [student])).nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
 
 
 # ---------------------------------------------------------------- pairs that the kernels do not take

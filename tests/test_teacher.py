@@ -11,7 +11,7 @@ import torch
 from conftest import assert_same_bits, lerp
 from torch import nn
 
-from eman_kernels import EMANTeacher, EMANTeachers, plan_for, schedules
+from eman_kernels import EMANTeacher, EMANTeachers, available_backends, plan_for, schedules
 
 
 def net():
@@ -427,6 +427,21 @@ def test_a_teacher_that_requires_grad_with_a_copy(student):
             teacher.module[0].weight.add_(1)
         teacher.update(student)
     assert not any(low.requires_grad for low in teacher._copy.copies)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "foreach", "reference"])
+def test_after_an_update_no_copy_is_made_again(student, backend, monkeypatch):
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16, backend=backend)
+    x = torch.randn(2, 3, 6, 6)
+    teacher(x)
+    train_step(student)
+    teacher.update(student)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_copy_", None)
+        out = teacher(x)
+    assert torch.equal(out, expected(teacher, x))
 
 
 def test_swapped_with_a_copy(student):

@@ -86,7 +86,8 @@ def _known_lists(teachers: list[Tensor], students: list[Tensor]) -> _Known:
     first = teachers[0]
     key = len(teachers), *(tensor.data_ptr() if is_plain(tensor) else 0 for tensor in (first, students[0]))
     known = _lists.pop(key, None)
-    if known is None:
+    # Others may have come to lie where the dead ones were: they are warned anew.
+    if known is None or any(reference.expired() for reference in known.references):
         for old in [old for old, its in _lists.items() if any(reference.expired() for reference in its.references)]:
             del _lists[old]
         if len(_lists) >= _LISTS:

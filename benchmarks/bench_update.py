@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50, help="calls of each method (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row with the machine it is from")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*stands still")  # the tables say which teachers move
+    warnings.filterwarnings("ignore", message=".*does not move")  # the tables say which teachers move
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2, for quartiles")
     device = torch.device(arguments.device)

@@ -14,7 +14,7 @@ from timing import CACHE_BYTES, MOMENTUM, Row, admit, pin_the_heap, take
 from torch import Tensor, nn
 from updates import LIMIT, LOOP, OURS, Method, Update
 
-from eman_kernels import EMANTeacher, eman_update_, functional, plan_for
+from eman_kernels import EMANTeacher, eman_update_, functional, known, plan_for
 from eman_kernels.plan import Plan
 
 TENSORS, ELEMENTS = 100, 10_000_000  # while the other grows
@@ -43,7 +43,7 @@ def host_times(update: Update, plan: Plan, rounds: int, label: str) -> dict[str,
 def around_the_kernel(teacher: nn.Module, student: nn.Module, rounds: int) -> dict[str, float]:
     """What a step and a plan cost on the host, the kernel left out, and the bytes of the table."""
     eman_update_(teacher, student, MOMENTUM)
-    (followed, *_) = functional._networks[id(teacher), id(student)].plans
+    (followed, *_) = known._networks[id(teacher), id(student)].plans
     making = []
     for _ in range(min(rounds, 10)):
         begin = time.perf_counter()

@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: %(default)s")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*stands still")  # the tables say which teachers move
+    warnings.filterwarnings("ignore", message=".*does not move")  # the tables say which teachers move
     device = torch.device(arguments.device)
     rows = run(device, arguments.quick)
     name = "".join(c if c.isalnum() else "-" for c in rows[0]["device"].lower())

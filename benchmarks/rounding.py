@@ -1,4 +1,4 @@
-"""How a half-precision teacher follows: rounded to nearest it stands still, rounded at random it has no bias.
+"""How a half-precision teacher follows: rounded to nearest it does not move, rounded at random it has no bias.
 
 Draws benchmarks/results/rounding.png: the mean error of bfloat16 teachers against one in float64, over 10,000 steps.
 """
@@ -46,7 +46,7 @@ def main() -> None:
     default = Path(__file__).parent / "results" / "rounding.png"
     parser.add_argument("--out", type=Path, default=default, metavar="FILE", help="default: results/rounding.png")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*stands still")  # which is what is to be seen
+    warnings.filterwarnings("ignore", message=".*does not move")  # which is what is to be seen
 
     figure, axes = pyplot.subplots(1, len(MOMENTA), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, momentum in zip(axes, MOMENTA, strict=True):

@@ -8,7 +8,8 @@ in the student's place. ``schedules`` holds momentum as a function of the step, 
 
 from . import schedules
 from .backends import available_backends
-from .functional import ema_update_, eman_update_, plan_for, swapped
+from .functional import ema_update_, eman_update_, plan_for
+from .swap import swapped
 from .teacher import EMANTeacher, EMANTeachers
 
 __version__ = "0.1.0"

@@ -2,99 +2,20 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from numbers import Real
-from typing import Literal, get_args
-from weakref import ref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backends
+from .caches import caching_modules, renew
+from .call import Call, Nonfinite, Rounding, call_of, check_modes
+from .known import Followed, known_lists, known_networks, networks_plan
 from .low_precision import LowPrecision
-from .pairing import Pair, Rule, check, check_lengths, pair_lists, pair_modules
-from .plan import Call, Plan
-from .watch import Roots, Watch, increment_versions, is_plain
-
-Rounding = Literal["nearest", "stochastic"]
-Nonfinite = Literal["propagate", "skip"]
-
-
-# Of one pair of networks, or one kind of lists: option sets in turn, or a buffer that alternates, need one each.
-_PLANS = 8
-# Kinds of lists. Loops that update a tensor at a time need many; a plan is some kilobytes.
-_LISTS = 1024
-
-
-@dataclass(slots=True)
-class _Followed:
-    """A plan, and what it rests on."""
-
-    options: tuple[object, ...]
-    watch: Watch
-    plan: Plan
-    # For each low-precision copy, the numbers of the tensors that it is of, and which of its tensors the plan writes.
-    masters: list[list[int]] = field(default_factory=list)
-    along: list[list[int]] = field(default_factory=list)
-
-
-class _Known:
-    """The plans of one pair of networks, or one kind of lists, the last used first."""
-
-    def __init__(self, *references: object) -> None:
-        self.references = references
-        self.plans: list[_Followed] = []
-
-    def find(self, options: tuple[object, ...], roots: Roots) -> tuple[_Followed, list[Tensor]] | None:
-        """The plan of these options that is true of what the roots hold, and the tensors that they hold."""
-        for i, followed in enumerate(self.plans):
-            if followed.options == options and (tensors := followed.watch.look(roots)) is not None:
-                if i:
-                    self.plans.insert(0, self.plans.pop(i))
-                return followed, tensors
-        return None
-
-    def add(self, followed: _Followed) -> None:
-        self.plans.insert(0, followed)
-        del self.plans[_PLANS:]
-
-
-# By the ids of the first teacher and the student. Nothing here keeps a network alive, and what belongs to one goes with
-# it. That an id may come again is no harm: a watch looks at all there is.
-_networks: dict[tuple[int, int], _Known] = {}
-# By how many tensors there are and where the first ones lie; the last used last.
-_lists: dict[tuple[object, ...], _Known] = {}
-
-
-def _known_networks(teacher: nn.Module, student: nn.Module) -> _Known:
-    key = id(teacher), id(student)
-    known = _networks.get(key)
-    if known is None:
-
-        def forget(_: object, networks: dict = _networks) -> None:
-            networks.pop(key, None)
-
-        known = _networks[key] = _Known(ref(teacher, forget), ref(student, forget))
-    return known
-
-
-def _known_lists(teachers: list[Tensor], students: list[Tensor]) -> _Known:
-    first = teachers[0]
-    key = len(teachers), *(tensor.data_ptr() if is_plain(tensor) else 0 for tensor in (first, students[0]))
-    known = _lists.pop(key, None)
-    # Others may have come to lie where the dead ones were: they are warned anew.
-    if known is None or any(reference.expired() for reference in known.references):
-        for old in [old for old, its in _lists.items() if any(reference.expired() for reference in its.references)]:
-            del _lists[old]
-        if len(_lists) >= _LISTS:
-            del _lists[next(iter(_lists))]
-        known = _Known(*(StorageWeakRef(first.untyped_storage()) for _ in range(is_plain(first))))
-    _lists[key] = known
-    return known
+from .pairing import Pair, Rule, check_lengths, check_order, named_tensors, pair_lists, pair_modules
+from .plan import Plan
+from .watch import Watch, increment_versions
 
 
 @torch.compiler.disable
@@ -129,13 +50,14 @@ def eman_update_(
             float64 on the teacher's device is read there by the kernel, when it runs: nothing waits for the device, a
             captured CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
         rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
-            Spectral norm's ``{"*.weight_u": "copy", "*.weight_v": "copy"}``, for example.
-        buffers: "ema", "copy" or "skip" for the buffers that no pattern names.
+            ``{"predictor.*": "skip"}``, for example.
+        buffers: "ema", "copy" or "skip" for the buffers that no pattern names. With "ema", those whose average means
+            nothing are copied all the same: spectral norm's vectors, prune's masks, quantisation observers' ranges.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         found_inf: a tensor of one element, on the teacher's device or the CPU; where it is not 0, nothing is written.
             GradScaler's is float32, which the kernel reads as it is; of another dtype it is converted first.
         rounding: of bfloat16 and float16 teachers: "nearest", or "stochastic", up or down at random so that the mean
-            is the exact average: at a high momentum a teacher rounded to nearest stands still.
+            is the exact average: at a high momentum a teacher rounded to nearest does not move.
         seed, step: of stochastic rounding, which gives the same bits for the same pair of them on every backend; the
             seed in [0, 2^32), the step another for each update: a number, or a 0-d int64 tensor on the teacher's
             device.
@@ -185,17 +107,20 @@ def ema_update_(
     check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
     options = (backends.requested(backend), rounding, nonfinite)
-    teachers, students = list(teacher_tensors), list(student_tensors)
+    teachers = _listed("teacher_tensors", teacher_tensors)
+    students = _listed("student_tensors", student_tensors)
     if not teachers and not students:
         return
     check_lengths(teachers, students)
-    known = _known_lists(teachers, students)
+    known = known_lists(teachers, students)
     roots = [teachers, students]
     found = known.find(options, roots)
     if found is None:
+        _check_tensors("teacher_tensors", teachers)
+        _check_tensors("student_tensors", students)
         watch = Watch(roots)
         tensors = watch.look(roots)
-        found = _Followed(options, watch, _plan(pair_lists(teachers, students), tensors, *options)), tensors
+        found = Followed(options, watch, _plan(pair_lists(teachers, students), tensors, *options)), tensors
         known.add(found[0])
     followed, tensors = found
     plan = followed.plan
@@ -205,45 +130,9 @@ def ema_update_(
     plan.run(call, tensors)
 
 
-@contextmanager
-def swapped(
-    teacher: nn.Module,
-    student: nn.Module,
-    *,
-    rules: Mapping[str, Rule] | None = None,
-    backend: str | None = None,
-) -> Iterator[None]:
-    """Within the context the student holds the teacher's values and the teacher the student's: to evaluate the average
-    in the student's place. They are exchanged in one pass without a temporary, and back again on leaving, after an
-    exception too. Evaluate in eval mode: BatchNorm in training mode would change the teacher's statistics.
-
-    Args:
-        teacher, student: as in ``eman_update_``, and of the same dtypes.
-        rules: tensors whose rule is "skip" stay where they are.
-        backend: as in ``eman_update_``.
-
-    Raises:
-        ValueError: as ``eman_update_``, or a dtype differs: it would not come back as it was.
-    """
-    _swap(teacher, student, rules, backend)
-    try:
-        yield
-    finally:
-        _swap(teacher, student, rules, backend)
-
-
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     """The plan that the last update of this pair of networks used; ``print(plan_for(...).describe())``."""
-    known = _networks.get((id(teacher), id(student)))
-    plans = known.plans if known is not None else []
-    return next((followed.plan for followed in plans if followed.options[0] == "update"), None)
-
-
-def _stacked(momenta: list[float | Tensor]) -> Tensor:
-    """In one tensor where those lie that are tensors. A copy from the host would wait."""
-    device = next(momentum.device for momentum in momenta if isinstance(momentum, Tensor))
-    like = {"dtype": torch.float64, "device": device}
-    return torch.stack([m.double() if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
+    return networks_plan(teacher, student)
 
 
 def update_options(
@@ -261,7 +150,10 @@ def update_networks(
     copies: Sequence[LowPrecision] = (),
 ) -> None:
     """Let several networks follow one. options: those of update_options. copies: the teachers' low-precision copies."""
-    known = _known_networks(teachers[0], student)
+    for network in (*teachers, student):
+        if not isinstance(network, nn.Module):
+            check_network(network)
+    known = known_networks(teachers[0], student)
     roots = [*teachers, student]
     for copy in copies:
         roots.append(copy.copies)
@@ -280,24 +172,30 @@ def update_networks(
     plan.run(call, tensors)
     if copies and any(work.table is None for work in plan.works):
         _note_copies(copies, followed, tensors)  # torch's own operations have counted their writes themselves
+    if followed.caching:
+        renew(followed.caching)
 
 
-def _note_copies(copies: Sequence[LowPrecision], followed: _Followed, tensors: list[Tensor]) -> None:
+def _note_copies(copies: Sequence[LowPrecision], followed: Followed, tensors: list[Tensor]) -> None:
     for copy, numbers, which in zip(copies, followed.masters, followed.along, strict=True):
         copy.written([tensors[i] for i in numbers], which)
 
 
 def _follow(
     teachers: Sequence[nn.Module], student: nn.Module, options: tuple, copies: Sequence[LowPrecision]
-) -> tuple[_Followed, list[Tensor]]:
-    if any(teacher is student for teacher in teachers):
-        raise ValueError("teacher and student are the same module; the teacher must be a copy.deepcopy of the student")
+) -> tuple[Followed, list[Tensor]]:
+    for teacher in teachers:
+        if teacher is student:
+            raise ValueError("teacher and student are the same module; the teacher must be its copy.deepcopy")
+        check_order([*teacher.parameters()], [*student.parameters()], "eman_update_(teacher, student, momentum)")
     _, rules, buffers, backend, rounding, nonfinite = options
     pairs = [
         replace(pair, group=group)
         for group, teacher in enumerate(teachers)
         for pair in pair_modules(teacher, student, dict(rules), buffers)
     ]
+    if not pairs and named_tensors(student):
+        _warn("the rules skip every tensor of the teacher: update() changes nothing")
     masters = [copy.follow(teacher) for teacher, copy in zip(teachers, copies, strict=False)]  # there may be none
     # What is not float32 no kernel writes along: it is copied when it is to be read.
     low = {
@@ -312,12 +210,13 @@ def _follow(
     tensors = watch.look(roots)
     written = {id(pair.teacher) for pair in pairs if pair.cast is not None}
     number = {id(tensor): i for i, tensor in enumerate(tensors)}
-    return _Followed(
+    return Followed(
         options=options,
         watch=watch,
         plan=_plan(pairs, tensors, backend, rounding, nonfinite),
         masters=[[number[id(master)] for master in its] for its in masters],
         along=[[i for i, master in enumerate(its) if id(master) in written] for its in masters],
+        caching=[module for teacher in teachers for module in caching_modules(teacher)],
     ), tensors
 
 
@@ -327,113 +226,44 @@ def _plan(
     return Plan(pairs, tensors, backend, stochastic=rounding == "stochastic", skip_nonfinite=nonfinite == "skip")
 
 
-@torch.compiler.disable
-def _swap(teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None, backend: str | None) -> None:
-    options = "swap", tuple(rules.items()) if rules else (), backends.requested(backend)
-    known = _known_networks(teacher, student)
-    found = known.find(options, [teacher, student])
-    if found is None:
-        found = _follow_to_swap(teacher, student, options)
-        known.add(found[0])
-    followed, tensors = found
-    increment_versions(tensors, followed.plan.written)
-    followed.plan.swap(tensors)
+def check_network(network: object) -> None:
+    """Raises TypeError for what is no network."""
+    if not isinstance(network, nn.Module):
+        remedy = "the network itself, an nn.Module, and not its parameters() or state_dict()"
+        raise TypeError(f"a teacher and a student must be {remedy}; it is a {type(network).__name__}")
 
 
-def _follow_to_swap(teacher: nn.Module, student: nn.Module, options: tuple) -> tuple[_Followed, list[Tensor]]:
-    _, rules, backend = options
-    watch = Watch([teacher, student])
-    tensors = watch.look([teacher, student])
-    pairs = [replace(pair, rule="swap") for pair in pair_modules(teacher, student, dict(rules))]
-    differing = [
-        f"{pair.name}: the teacher is {pair.teacher.dtype}, the student {pair.student.dtype}"
-        for pair in pairs
-        if pair.teacher.dtype != pair.student.dtype
-    ]
-    if differing:
-        remedy = "Evaluate the teacher itself, or give both the same dtype."
-        check([], differing, remedy, head="what is exchanged would not come back as it was; nothing was written.")
-    return _Followed(options, watch, Plan(pairs, tensors, backend)), tensors
+def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, nn.Module):
+        raise TypeError(f"{name} must be a list of tensors, and is a network: take eman_update_(teacher, student, ...)")
+    if isinstance(tensors, Tensor | Mapping | str | bytes) or not isinstance(tensors, Iterable):
+        remedy = "tensors are paired by position: list(state.values()), where both have the same order"
+        remedy = remedy if isinstance(tensors, Mapping) else "a single tensor goes into a list"
+        raise TypeError(f"{name} must be a list of tensors, and is a {type(tensors).__name__}; {remedy}")
+    return list(tensors)
 
 
-@lru_cache  # bounded: a seed may be another in each step
-def check_modes(rounding: str, seed: int, has_step: bool, nonfinite: str) -> None:
-    """Raises ValueError for a rounding or a nonfinite mode that is none, or one that lacks its seed or step."""
-    for name, value, known in (("rounding", rounding, Rounding), ("nonfinite", nonfinite, Nonfinite)):
-        if value not in get_args(known):
-            raise ValueError(f"{name}={value!r} is none of {', '.join(map(repr, get_args(known)))}")
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be in [0, 2^32), and is {seed}")
-    if rounding == "stochastic" and not has_step:
-        raise ValueError("rounding='stochastic' needs step=, the number of this update: each must draw its own bits")
-
-
-def call_of(
-    momenta: Sequence[float | Tensor],
-    found_inf: Tensor | None = None,
-    seed: int = 0,
-    step: int | Tensor | None = None,
-    skipped: Tensor | None = None,
-) -> Call:
-    """The call, with what it was given checked as far as can be without waiting for a device.
-
-    Raises TypeError or ValueError for a momentum that is none, or a tensor of another shape or dtype.
-    """
-    momenta = [as_momentum(momentum) for momentum in momenta]
-    for momentum in momenta:
-        if type(momentum) is not float:
-            momenta = momenta[0] if len(momenta) == 1 else _stacked(momenta)
-            break
-    if found_inf is not None:
-        if found_inf.numel() != 1:
-            raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
-        found_inf = found_inf.detach().reshape(()).to(torch.float32)
-    if step is None:
-        step = 0
-    elif isinstance(step, Tensor):
-        _check_counter("step", step)
-    if skipped is not None:
-        _check_counter("skipped", skipped)
-    return Call(momenta, found_inf, seed, step, skipped)
-
-
-def _check_counter(name: str, counter: Tensor) -> None:
-    if counter.dim() or counter.dtype != torch.int64:
-        what = f"{counter.dtype} of shape {tuple(counter.shape)}"
-        raise TypeError(f"{name} in a tensor must be 0-d and of int64, and is {what}")
-
-
-def as_momentum(momentum: float | Tensor) -> float | Tensor:
-    """A float in [0, 1], or the tensor that may hold one. Raises TypeError or ValueError for anything else."""
-    if type(momentum) is float and 0.0 <= momentum <= 1.0:
-        return momentum
-    if isinstance(momentum, Tensor):
-        if momentum.dim() or momentum.dtype not in (torch.float32, torch.float64):
-            what = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
-            raise TypeError(f"a momentum in a tensor must be 0-d and of float32 or float64, and is {what}")
-        if momentum.device.type != "cpu":
-            return momentum  # to look at it would be to wait for the device
-    elif not isinstance(momentum, Real):
-        raise TypeError(f"momentum must be a number in [0, 1] or a 0-d tensor, not a {type(momentum).__name__}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], and is {float(momentum)}")
-    return momentum if isinstance(momentum, Tensor) else float(momentum)
+def _check_tensors(name: str, tensors: list[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            raise TypeError(f"{name}[{i}] must be a tensor, and is a {kind}; NumPy's arrays by torch.from_numpy(array)")
 
 
 def _warn_of_a_stall(plan: Plan, momenta: list[float] | Tensor) -> None:
     """Once, where the teacher will hardly move."""
     if not isinstance(momenta, Tensor) and 0 < 1 - max(momenta) < plan.stalls_below:
         plan.stalls_below = 0.0
-        # Whose line it is stands above ours and those of torch's decorators.
-        level, frame = 1, sys._getframe()
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-            __package__,
-            "torch",
-        ):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(
-            f"at momentum {max(momenta)} a half-precision teacher rounded to nearest stands still: elements within a "
+        _warn(
+            f"at momentum {max(momenta)} a half-precision teacher rounded to nearest does not move: elements within a "
             "tenth of the student's move by less than half an ulp. Take rounding='stochastic', or a float32 teacher "
-            "(EMANTeacher(student, dtype=torch.float32)).",
-            stacklevel=level,
+            "(EMANTeacher(student, dtype=torch.float32))."
         )
+
+
+def _warn(message: str) -> None:
+    """In the name of the line that called us: it stands above ours and those of torch's decorators."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 Rule = Literal["ema", "copy", "skip"]
 RULES = get_args(Rule)
@@ -18,6 +19,24 @@ RULES = get_args(Rule)
 # network may well use itself, so that one is looked through only where it leads every name.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LISTED = 20
+
+# Whose buffers are state of the student's own, the average of which means nothing: they are copied. By the names of
+# classes, because what a process has not imported it does not have.
+_STATE_MODULES = {
+    "torch.nn.utils.parametrizations._SpectralNorm",
+    "torch.ao.quantization.observer.ObserverBase",
+    "torch.ao.quantization.fake_quantize.FakeQuantizeBase",
+    "torch.ao.pruning.sparsifier.utils.FakeSparsity",
+    "torchao.quantization.pt2e.observer.ObserverBase",
+    "torchao.quantization.pt2e.fake_quantize.FakeQuantizeBase",
+    "torchao.quantization.qat.fake_quantizer.FakeQuantizerBase",
+}
+# Hooks that keep such buffers in the module they are on: the attribute with the name of the tensor they work on, and
+# what they append to it.
+_STATE_HOOKS = {
+    "torch.nn.utils.spectral_norm.SpectralNorm": ("name", ("_u", "_v")),
+    "torch.nn.utils.prune.BasePruningMethod": ("_tensor_name", ("_mask",)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +50,7 @@ class Pair:
     group: int = 0  # which of several teachers of the student this is of
     cast: Tensor | None = None  # the teacher tensor's low-precision copy, written along
     first: int = 0  # the number of its first element, by which stochastic rounding draws
+    because: str = ""  # why it is copied although it could be averaged
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -45,12 +65,41 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, the non-persistent too, by the names they have in the unwrapped network."""
+    """Parameters and buffers, the non-persistent too, by the names they have in the unwrapped network.
+
+    Raises ValueError where two have one name there.
+    """
     named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    tensors = {".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor for name, tensor in named}
+    tensors, names = {}, {}
+    for name, tensor in named:
+        short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if short in tensors and tensors[short] is not tensor:
+            raise ValueError(
+                f"{names[short]} and {name} are two tensors of one name, {short}, without the wrapper's prefix; give "
+                "one of them another name. Nothing was written."
+            )
+        tensors[short], names[short] = tensor, name
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def state_buffers(module: nn.Module) -> dict[int, str]:
+    """The buffers whose average means nothing, by their id, and the class of what keeps its state in them."""
+    owners: dict[int, str] = {}
+    for child in module.modules():
+        if _classes(child) & _STATE_MODULES:
+            owners.update((id(buffer), type(child).__name__) for buffer in child._buffers.values())
+        for hook in child._forward_pre_hooks.values():
+            for kind in _classes(hook) & _STATE_HOOKS.keys():
+                attribute, endings = _STATE_HOOKS[kind]
+                names = [getattr(hook, attribute) + ending for ending in endings]
+                owners.update((id(child._buffers.get(name)), type(hook).__name__) for name in names)
+    return owners
+
+
+def _classes(thing: object) -> set[str]:
+    return {f"{cls.__module__}.{cls.__qualname__}" for cls in type(thing).__mro__}
 
 
 def check_rules(rules: Mapping[str, Rule], buffers: Rule) -> None:
@@ -67,12 +116,16 @@ def pair_modules(
 
     rules: name patterns (fnmatch, over the unwrapped network's names) and their rule; the first that matches counts.
     buffers: what floating-point buffers do that no pattern names. With "copy" and "skip", integer buffers do the same.
+    With "ema", those are copied whose average means nothing: spectral norm's vectors, prune's masks, observers' ranges.
     Raises ValueError with every difference between the two networks in one message.
     """
     rules = rules or {}
     check_rules(rules, buffers)
+    _check_gathered(teacher, student)
     teachers, students = named_tensors(teacher), named_tensors(student)
     is_buffer = {id(tensor) for tensor in chain(teacher.buffers(), student.buffers())}
+    states = state_buffers(teacher) | state_buffers(student)
+    because: dict[str, str] = {}
 
     def rule_of(name: str, tensor: Tensor) -> Rule:
         for pattern, rule in rules.items():
@@ -80,7 +133,11 @@ def pair_modules(
                 return rule
         if id(tensor) in is_buffer and buffers != "ema":
             return buffers
-        return default_rule(tensor)
+        rule = default_rule(tensor)
+        if rule == "ema" and id(tensor) in states:
+            because[name] = f"{states[id(tensor)]} keeps its state in it, whose average means nothing"
+            return "copy"
+        return rule
 
     tensors = students | teachers
     followed = {name: rule for name, tensor in tensors.items() if (rule := rule_of(name, tensor)) != "skip"}
@@ -90,13 +147,39 @@ def pair_modules(
     differences = [f"{name}: the teacher has none" for name in followed if name not in teachers]
     differences += [f"{name}: the student has none" for name in followed if name not in students]
     names = [name for name in followed if name in teachers and name in students]
-    pairs = [Pair(name, teachers[name], students[name], followed[name]) for name in names]
+    pairs = [
+        Pair(name, teachers[name], students[name], followed[name], because=because.get(name, "")) for name in names
+    ]
     remedy = (
         "Is the teacher of the student's architecture? "
         'A tensor that is not to follow takes a rule, like rules={"predictor.*": "skip"}.'
     )
     check(pairs, differences, remedy)
     return pairs
+
+
+def check_order(teacher: list[Tensor], student: list[Tensor], order: str) -> None:
+    """Raises ValueError where the first is what an optimizer trains, and the second is not."""
+    if teacher and student and all(t.requires_grad for t in teacher) and not any(s.requires_grad for s in student):
+        raise ValueError(
+            "every parameter of the teacher requires grad and none of the student's does: they seem to be the wrong "
+            f"way round, and the order is {order}. If not, teacher.requires_grad_(False). Nothing was written."
+        )
+
+
+def _check_gathered(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises ValueError where parameters have been taken away."""
+    for who, network in (("teacher", teacher), ("student", student)):
+        named = [(n, p) for n, p in network.named_parameters() if not isinstance(p, UninitializedTensorMixin)]
+        empty = [(name, parameter) for name, parameter in named if parameter.numel() == 0]
+        partitioned = [name for name, parameter in empty if hasattr(parameter, "ds_shape")]
+        if partitioned or (named and len(empty) == len(named)):
+            raise ValueError(
+                f"the {who}'s {(partitioned or [empty[0][0]])[0]} is empty ({len(empty)} of {len(named)} parameters "
+                "are), as DeepSpeed's ZeRO-3 leaves them outside of a forward. Update inside "
+                "deepspeed.zero.GatheredParameters([*teacher.parameters(), *student.parameters()], modifier_rank=0). "
+                "Nothing was written."
+            )
 
 
 def check_lengths(teacher: list[Tensor], student: list[Tensor]) -> None:
@@ -109,6 +192,8 @@ def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
     """Pair two lists of one length by position, each tensor by its default rule."""
     both = enumerate(zip(teacher, student, strict=True))
     pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in both]
+    if all(isinstance(tensor, nn.Parameter) for tensor in student):
+        check_order(teacher, student, "ema_update_(teacher_tensors, student_tensors, momentum)")
     check(pairs)
     return pairs
 
@@ -133,7 +218,7 @@ def check(
 
 def _fault(pair: Pair) -> str | None:
     for who, tensor in (("teacher", pair.teacher), ("student", pair.student)):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedTensorMixin):
             return f"the {who} is lazy and has no shape yet; run one forward pass first"
         if tensor.is_meta:
             return f"the {who} is on the meta device and holds no data; materialise it with to_empty() first"

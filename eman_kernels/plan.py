@@ -1,7 +1,7 @@
-"""Pairs -> the table of chunks. The only room that knows addresses."""
+"""Pairs -> the table of chunks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from . import backends
 from .backends import reference
+from .call import Call
+from .interrupts import at_once
+from .memory import check_memory, extent, strides_of, without_ties_and_empties
 from .pairing import Pair, check
 from .watch import is_plain
 
@@ -34,22 +37,6 @@ _EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.fl
 
 # A captured graph reads its table at every replay, when the plan may be long gone.
 _captured_tables: list[Tensor] = []
-
-
-@dataclass(slots=True)
-class Call:
-    """What differs from one update to the next. Tensors lie on the teacher's device and are not waited for."""
-
-    momenta: list[float] | Tensor  # one for each teacher; a tensor is of float32 or float64
-    found_inf: Tensor | None = None  # float32: nothing is written when it is not 0
-    seed: int = 0  # of stochastic rounding; below 2^32
-    step: int | Tensor = 0  # likewise; a tensor is of int64
-    skipped: Tensor | None = None  # int64: the number of skipped student elements is added to it
-
-    def is_by_value(self) -> bool:
-        """Whether no tensor is in it."""
-        numbers = type(self.momenta) is list and not isinstance(self.step, Tensor)
-        return numbers and self.found_inf is None and self.skipped is None
 
 
 class Place(NamedTuple):
@@ -112,7 +99,8 @@ class Work:
 class Plan:
     """How to update these pairs: made once, run many times, as long as a watch finds the tensors as they were.
 
-    It keeps no tensor but its own tables. tensors: what the watch finds, in its order; `run` and `swap` take them anew.
+    It keeps no tensor but its own tables. tensors: what the watch finds, in its order; `run` and `swaps` take them
+    anew.
     Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
     that was asked for cannot do the work.
 
@@ -135,8 +123,9 @@ class Plan:
         # The numbers of those tensors, for increment_versions.
         self.written = torch.tensor([at[id(tensor)] for tensor in written], dtype=torch.int64, device="cpu")
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
-        pairs = _numbered(_without_ties_and_empties(pairs))
-        _check_memory(pairs)
+        self.because = {pair.name: pair.because for pair in pairs if pair.because}
+        pairs = _numbered(without_ties_and_empties(pairs))
+        check_memory(pairs)
         # Below this weight, elements that are a tenth away from the student's do not move: half an ulp is a quarter of
         # epsilon of them, or more.
         halves = [pair.teacher.dtype for pair in pairs if pair.rule == "ema" and pair.teacher.dtype in _EPSILON]
@@ -160,6 +149,16 @@ class Plan:
                 rest += bundle
             else:
                 by_device.setdefault(bundle[0].teacher.device, []).extend(bundle)
+        check(
+            [],
+            [
+                f"{bundle[0].name}: {fault}"
+                for bundle in bundles.values()
+                if bundle[0].name in self.ineligible
+                if (fault := _tried(bundle, self.n_teachers, stochastic, skip_nonfinite))
+            ],
+            'Give it the rule "copy" or "skip", or keep a teacher of plain tensors of it.',
+        )
         options = at, self.n_teachers, stochastic, skip_nonfinite
         self.works = [
             Work(device, backends.choose(device, backend), pairs, *options) for device, pairs in by_device.items()
@@ -178,8 +177,11 @@ class Plan:
             for name, tensor in given.items():
                 if isinstance(tensor, Tensor):
                     self._check_device(name, tensor.device)
+        if not self.works:
+            at_once(*call.counts)
         for work in self.works:
             work.backend.run(work, call, tensors)
+            call.counts = ()
 
     def _check_device(self, name: str, device: torch.device) -> None:
         for work in self.works:
@@ -190,10 +192,10 @@ class Plan:
                     "written."
                 )
 
-    def swap(self, tensors: Sequence[Tensor]) -> None:
-        """Exchange the pairs' values, in place."""
+    def swaps(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Callable[[], object], ...]]:
+        """Pieces of work that exchange the pairs' values in place: of each, what is to be called at_once."""
         for work in self.works:
-            work.backend.swap(work, tensors)
+            yield from work.backend.swaps(work, tensors)
 
     def describe(self) -> str:
         """What is updated how, by which backend, and what is not eligible for the fast path and why."""
@@ -205,6 +207,7 @@ class Plan:
                 f"{work.device}: {work.backend.NAME} updates {sum(map(len, work.places.values()))} tensors, "
                 f"{work.numel} elements{chunks} ({', '.join(kinds)})"
             )
+        lines += [f"  {name}: copied, because {reason}" for name, reason in self.because.items()]
         lines += [f"  {name}: by the reference, because {reason}" for name, reason in self.ineligible.items()]
         return "\n".join(lines)
 
@@ -220,6 +223,33 @@ def _fault(pair: Pair, at: dict[int, int]) -> str | None:
     ):
         what = [f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (teacher, cast)]
         return f"the teacher is {what[0]}, its low-precision copy {what[1]}"
+    return None
+
+
+def _tried(bundle: list[Pair], n_teachers: int, *options: bool) -> str | None:
+    """Why torch cannot do what these pairs of one student tensor need; tried on copies, before anything is written."""
+    first = bundle[0]
+    if all(is_plain(pair.teacher) and is_plain(pair.student) for pair in bundle):
+        return None
+    try:
+        with torch.no_grad():
+            copies = [
+                replace(p, teacher=p.teacher.detach().clone(), student=p.student.detach().clone(), cast=None)
+                for p in bundle
+            ]
+            tensors = [tensor for p in copies for tensor in (p.teacher, p.student)]
+            work = Work(
+                first.teacher.device, reference, copies, {id(t): i for i, t in enumerate(tensors)}, n_teachers, *options
+            )
+            if first.rule == "swap":
+                for calls in reference.swaps(work, tensors):
+                    at_once(*calls)
+            else:
+                reference.run(work, Call([0.5] * n_teachers), tensors)
+    except Exception as error:  # a subclass may raise what it likes
+        kinds = f"the teacher is a {type(first.teacher).__name__}, the student a {type(first.student).__name__}"
+        verb = {"ema": "average", "copy": "copy", "swap": "exchange"}[first.rule]
+        return f"{kinds}, which torch cannot {verb} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     return None
 
 
@@ -308,11 +338,11 @@ def ineligible(pair: Pair) -> str | None:
         return f"no kernel does {pair.rule} of {_short(student.dtype)} into {_short(teacher.dtype)}"
     if teacher.is_conj() or student.is_conj() or teacher.is_neg() or student.is_neg():
         return "it is a lazy conjugate or negative view"
-    if _strides(teacher) != _strides(student):
+    if strides_of(teacher) != strides_of(student):
         return f"the teacher's strides are {teacher.stride()}, the student's {student.stride()}"
-    if cast is not None and _strides(teacher) != _strides(cast):
+    if cast is not None and strides_of(teacher) != strides_of(cast):
         return f"the teacher's strides are {teacher.stride()}, its low-precision copy's {cast.stride()}"
-    if _extent(teacher) != teacher.numel():
+    if extent(teacher) != teacher.numel():
         return f"it is not dense: shape {tuple(teacher.shape)}, strides {teacher.stride()}"
     if teacher.data_ptr() % teacher.element_size() or student.data_ptr() % student.element_size():
         return "its address is not a multiple of its element size"
@@ -323,50 +353,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _strides(tensor: Tensor) -> list[int]:
-    """The strides that matter: a dimension of size 1 may have any."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-
-
-def _extent(tensor: Tensor) -> int:
-    """The elements from the first in memory to the last, both counted."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
-def _without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
-    """Each piece of teacher memory once. Raises ValueError where one is to follow two different students."""
-    first: dict[object, Pair] = {}
-    for pair in pairs:
-        if pair.teacher.numel() == 0:
-            continue
-        known = first.setdefault(_place(pair.teacher), pair)
-        if known.group != pair.group:
-            raise ValueError(_shares(f"teacher {pair.group}", pair.name, f"teacher {known.group}", known.name))
-        if known is not pair and (_place(known.student), known.rule) != (_place(pair.student), pair.rule):
-            raise ValueError(
-                f"the teacher ties {known.name} and {pair.name} to one memory, but they would follow different "
-                f"students or rules; tie them in the student as well, or give the teacher two. Nothing was written."
-            )
-    return list(first.values())
-
-
-def _shares(who: str, name: str, other: str, other_name: str) -> str:
-    return (
-        f"{who}'s {name} and {other}'s {other_name} share memory; the teacher must have its own (copy.deepcopy the "
-        f"student, or .clone() the tensor). Nothing was written."
-    )
-
-
 def _numbered(pairs: list[Pair]) -> list[Pair]:
     """With the numbers of their first elements: multiples of 8, the same whoever updates them."""
     numbered, first = [], 0
@@ -374,39 +360,3 @@ def _numbered(pairs: list[Pair]) -> list[Pair]:
         numbered.append(replace(pair, first=first))
         first += (pair.teacher.numel() + 7) // 8 * 8
     return numbered
-
-
-def _place(tensor: Tensor) -> object:
-    if not is_plain(tensor):
-        return id(tensor)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def _check_memory(pairs: list[Pair]) -> None:
-    several = len({pair.group for pair in pairs}) > 1
-    spans: dict[torch.device, list[tuple[int, int, bool, str, str]]] = {}
-    for pair in pairs:
-        teacher = f"teacher {pair.group}" if several else "the teacher"
-        for who, tensor, written in (
-            (teacher, pair.teacher, True),
-            ("the student", pair.student, pair.rule == "swap"),
-            (f"{teacher}'s low-precision copy", pair.cast, True),
-        ):
-            if tensor is None or not is_plain(tensor):
-                continue
-            if written and _overlaps_itself(tensor):
-                raise ValueError(
-                    f"{pair.name}: {who} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
-                    f"strides {tensor.stride()}), and one place would be written twice; give it memory with .clone()"
-                )
-            start = tensor.data_ptr()
-            end = start + _extent(tensor) * tensor.element_size()
-            spans.setdefault(tensor.device, []).append((start, end, written, who, pair.name))
-    for on_device in spans.values():
-        # The furthest that a tensor which is written, and one which is only read, has reached so far.
-        last: dict[bool, tuple[int, str, str]] = {}
-        for start, end, written, who, name in sorted(on_device):
-            for other_written, (other_end, other, other_name) in last.items():
-                if start < other_end and (written or other_written):
-                    raise ValueError(_shares(who, name, other, other_name))
-            last[written] = max(last.get(written, (0, "", "")), (end, who, name))

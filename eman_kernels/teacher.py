@@ -1,8 +1,10 @@
 """EMANTeacher and EMANTeachers: the teacher, or several, as a module."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
+from inspect import unwrap as undecorated
 from itertools import chain
 from typing import Any
 from weakref import ref
@@ -10,22 +12,20 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
 
 from .backends import requested
-from .functional import (
-    Nonfinite,
-    Rounding,
-    as_momentum,
-    call_of,
-    check_modes,
-    swapped,
-    update_networks,
-    update_options,
-)
+from .call import Nonfinite, Rounding, as_found_inf, as_momentum, call_of, check_modes
+from .copying import adopted, copied
+from .functional import update_networks, update_options
 from .low_precision import LowPrecision, check_cast, narrowed
-from .pairing import Rule, check_rules, unwrap
+from .pairing import Rule, check_rules
 from .plan import MAX_TEACHERS
+from .swap import Exchange, Swapped, Turn
+
+# Its own code, under torch.no_grad's.
+_UPDATE_BN = undecorated(update_bn).__code__
 
 Momentum = float | Tensor | Callable[[Any], float | Tensor]
 
@@ -38,6 +38,9 @@ class EMANTeacher(nn.Module):
 
     Args:
         student: the network to follow; DDP, DataParallel and torch.compile wrappers are looked through.
+        module: a network to be the teacher's, in the place of a deep copy: a second instance of a student that cannot
+            be copied, a key encoder that there is already, a sharded network. It takes the student's values first.
+        keep_values: leave the values of ``module`` as they are. Default False.
         momentum: a number in [0, 1], a 0-d tensor on the teacher's device (read there by the kernel), or a schedule
             ``step -> momentum`` (see eman_kernels.schedules); step counts the updates made, from 0. Default 0.999.
         rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
@@ -45,6 +48,7 @@ class EMANTeacher(nn.Module):
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         dtype: the floating-point dtype of the teacher; default: the student's. ``torch.float32`` for a bf16 student:
             a bf16 teacher rounded to nearest hardly moves at a high momentum, its steps being less than half an ulp.
+            It stays so in ``to(torch.bfloat16)`` of the teacher or of a module that holds it.
         rounding: "nearest" (default) or "stochastic", with which bf16 and fp16 teachers move all the same: up or down
             at random, so that the mean is the exact average. A run repeats itself for the same seed.
         seed: of stochastic rounding, in [0, 2^32); default 0.
@@ -61,6 +65,7 @@ class EMANTeacher(nn.Module):
 
     Raises:
         ValueError: momentum or seed is out of range, or a rule, a backend, a mode or a dtype is not known or not fit.
+        TypeError: the student is no network, or cannot be deep-copied; the message says what stands in the way.
 
     state_dict() holds the network under ``module.`` and the step; training resumes exactly from it.
 
@@ -76,6 +81,8 @@ class EMANTeacher(nn.Module):
         student: nn.Module,
         momentum: Momentum = 0.999,
         *,
+        module: nn.Module | None = None,
+        keep_values: bool = False,
         rules: Mapping[str, Rule] | None = None,
         buffers: Rule = "ema",
         backend: str | None = None,
@@ -94,7 +101,10 @@ class EMANTeacher(nn.Module):
         if not callable(momentum):
             as_momentum(momentum)
         requested(backend)
-        self.module = deepcopy(unwrap(student)).requires_grad_(False)
+        if module is None:
+            self.module = copied(student).requires_grad_(False)
+        else:
+            self.module = adopted(module, student, rules or {}, buffers, backend, keep_values)
         if dtype is not None:
             self.module.to(dtype)
         check_cast(self.module, cast)
@@ -105,13 +115,14 @@ class EMANTeacher(nn.Module):
         self.rounding = rounding
         self.seed = seed
         self.cast = cast
+        self.dtype = dtype
         self.nonfinite = nonfinite
         self.capturable = capturable
         self.skipped: Tensor | None = None
         self._step: int | Tensor = 0
         self._copy: LowPrecision | None = None
         self._student: ref[nn.Module] | None = None
-        self._swapped = False
+        self._turn = Turn()
         self.eval()
 
     @torch.compiler.disable
@@ -130,7 +141,8 @@ class EMANTeacher(nn.Module):
             found_inf: GradScaler's tensor, or any of one element: where it is not 0, the teacher and its step stay as
                 they are. On a GPU nothing waits for it; the step then lies on the device as well.
         """
-        _update((self,), student, momentum, found_inf)
+        with self._turn.lock:
+            _update((self,), student, momentum, found_inf)
 
     @property
     def step(self) -> int:
@@ -139,23 +151,30 @@ class EMANTeacher(nn.Module):
 
     @step.setter
     def step(self, step: int) -> None:
+        if int(step) != step or step < 0:
+            raise ValueError(f"the step is the number of updates made, a whole number from 0, and is to be {step}")
         if isinstance(self._step, Tensor):
             self._step.fill_(step)  # in place: a captured graph reads it
         else:
             self._step = int(step)
 
-    @contextmanager
-    def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
-        """Within the context the student holds the teacher's values, and the teacher the student's: see
-        ``eman_kernels.swapped``. The teacher cannot be updated meanwhile."""
-        if self._swapped:
-            raise RuntimeError("the teacher is swapped already")
-        with swapped(self.module, self._followed(student), rules=self.rules, backend=self.backend):
-            self._swapped = True
-            try:
-                yield
-            finally:
-                self._swapped = False
+    def swapped(self, student: nn.Module | None = None) -> Swapped:
+        """A context within which the student holds the teacher's values, and the teacher the student's: see
+        ``eman_kernels.swapped``. The teacher cannot be updated meanwhile; its ``state_dict()``, ``deepcopy`` and
+        ``torch.save`` have its own values all the same."""
+        return Swapped(partial(self._exchange_with, student))
+
+    def swap(self, student: nn.Module | None = None) -> None:
+        """Enter ``swapped`` without ``with``, until ``swap_back()``: for hooks that come in pairs."""
+        self._exchange_with(student).enter()
+
+    def swap_back(self) -> None:
+        """Leave what ``swap`` has entered. Raises RuntimeError if nothing is swapped, or where something of another
+        shape has taken the place of a tensor that was."""
+        if self._turn.exchange is None:
+            raise RuntimeError("teacher and student are not swapped")
+        if lost := self._turn.exchange.leave():
+            raise RuntimeError(lost)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +202,50 @@ class EMANTeacher(nn.Module):
             self._copy.follow(self.module)
 
     def train(self, mode: bool = True) -> "EMANTeacher":
-        """Stays in eval mode whatever the mode: the teacher's BatchNorm never normalises with its own batch."""
-        return super().train(False)
+        """Stays in eval mode whatever the mode: the teacher's BatchNorm never normalises with its own batch. But for
+        ``torch.optim.swa_utils.update_bn(loader, teacher)``, which has just reset its statistics to take them anew."""
+        return super().train(mode and sys._getframe(1).f_code is _UPDATE_BN)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "EMANTeacher":
+        if self.dtype is None:
+            return super()._apply(fn, *args, **kwargs)
+
+        def but_for_the_dtype(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(but_for_the_dtype, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As any module's. While swapped with its student it has the teacher's own values, in copies."""
+        state = super().state_dict(*args, **kwargs)
+        if (exchange := self._turn.exchange) is not None:
+            prefix = (args[1] if len(args) > 1 else kwargs.get("prefix", "")) + "module."
+            for name, tensor in _named_tensors(self.module):
+                if prefix + name in state and (own := exchange.own(tensor)) is not None:
+                    state[prefix + name] = own.clone()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's, but with ``strict=False`` too something must match.
+
+        Raises RuntimeError if nothing does, or while the teacher is swapped.
+        """
+        own = {f"module.{name}" for name, _ in _named_tensors(self.module)}
+        if own and not own & state_dict.keys():
+            raise RuntimeError(
+                f"nothing was loaded: no name of the teacher is in the state_dict, which has "
+                f"{', '.join(list(state_dict)[:3]) or 'none'}; the teacher has {', '.join(sorted(own)[:3])}. A plain "
+                "network's goes into teacher.module"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._turn.exchange is not None:
+            raise RuntimeError("the teacher is swapped with its student: load after the context has been left")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(name.startswith(prefix + "module.") for name in state_dict):
+            self._turn.unrestored = ""
 
     def get_extra_state(self) -> Tensor:
         """The step, as a tensor: formats that know nothing else can store it."""
@@ -195,7 +256,15 @@ class EMANTeacher(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled, and a copy has not seen the student; the low-precision copy is made anew.
-        return self.__dict__ | {"_student": None, "_copy": None}
+        state = self.__dict__ | {"_student": None, "_copy": None}
+        if (exchange := self._turn.exchange) is not None:
+            # The copy has the teacher's own values, and is swapped with nobody.
+            module = deepcopy(self.module)
+            for (_, tensor), (_, copy) in zip(_named_tensors(self.module), _named_tensors(module), strict=True):
+                if (own := exchange.own(tensor)) is not None:
+                    copy.detach().copy_(own)
+            state["_modules"] = {**self._modules, "module": module}
+        return state
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, step={self.step}, buffers={self.buffer_rule!r}" + (
@@ -218,8 +287,13 @@ class EMANTeacher(nn.Module):
         self._copy.follow(self.module)
         return self._copy
 
+    def _exchange_with(self, student: nn.Module | None) -> Exchange:
+        student = self._followed(student)
+        return Exchange(self.module, student, self.rules, self.buffer_rule, self.backend, self._turn)
+
     def _device(self) -> torch.device:
-        return next(chain(self.module.parameters(), self.module.buffers())).device
+        first = next(_named_tensors(self.module), None)
+        return torch.device("cpu") if first is None else first[1].device
 
     def _prepare(self, found_inf: Tensor | None) -> None:
         """Bring the step, and the counter of skipped elements, to where the kernels read and write them."""
@@ -271,14 +345,14 @@ class EMANTeachers(nn.Module):
     @torch.compiler.disable
     def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
         """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
-        _update(list(self.teachers), student, None, found_inf)
+        _update_locked(list(self.teachers), student, found_inf)
 
     @property
     def skipped(self) -> Tensor | None:
         """With nonfinite="skip": how many elements of the student were."""
         return self.teachers[0].skipped
 
-    def swapped(self, index: int, student: nn.Module | None = None) -> AbstractContextManager[None]:
+    def swapped(self, index: int, student: nn.Module | None = None) -> Swapped:
         """``teachers[index].swapped(student)``."""
         return self.teachers[index].swapped(student)
 
@@ -296,6 +370,20 @@ class EMANTeachers(nn.Module):
         return iter(self.teachers)
 
 
+# What EMANTeachers do in one pass for all of them.
+_SHARED = ("rules", "buffer_rule", "backend", "rounding", "seed", "cast", "nonfinite", "capturable")
+
+
+def _update_locked(
+    teachers: list[EMANTeacher], student: nn.Module | None, found_inf: Tensor | None, locked: int = 0
+) -> None:
+    if locked == len(teachers):
+        _update(teachers, student, None, found_inf)
+    else:
+        with teachers[locked]._turn.lock:
+            _update_locked(teachers, student, found_inf, locked + 1)
+
+
 def _update(
     teachers: Sequence[EMANTeacher],
     student: nn.Module | None,
@@ -304,10 +392,17 @@ def _update(
 ) -> None:
     first = teachers[0]
     student = first._followed(student)
+    check_modes(first.rounding, first.seed, True, first.nonfinite)
+    if found_inf is not None:
+        found_inf = as_found_inf(found_inf)
     networks, momenta = [], []
     for teacher in teachers:
-        if teacher._swapped:
+        if teacher._turn.exchange is not None:
             raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
+        if teacher._turn.unrestored:
+            raise RuntimeError(f"{teacher._turn.unrestored}\nload_state_dict() makes the teacher whole again")
+        if teacher is not first:
+            _check_shared(first, teacher)
         teacher._prepare(found_inf)
         networks.append(teacher.module)
         momenta.append(_momentum(teacher) if momentum is None else momentum)
@@ -316,19 +411,36 @@ def _update(
     if first.cast is not None and any(teacher._copy is not None for teacher in teachers):
         copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
     step = first._step if first.rounding == "stochastic" else None
-    call = call_of(momenta, found_inf, first.seed, step, first.skipped)
+    counts = [_count(teacher, found_inf) for teacher in teachers]
+    call = call_of(momenta, found_inf, first.seed, step, first.skipped, counts)
     options = update_options(first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite)
     update_networks(networks, student, call, options, copies)
     for teacher in teachers:
         if teacher._student is None or teacher._student() is not student:
             teacher._student = ref(student)
-        if found_inf is None:
-            # Not by nn.Module's setattr, which looks among parameters and modules first: a tenth of a cold step.
-            teacher.__dict__["_step"] += 1
-        elif isinstance(teacher._step, Tensor):
-            teacher._step += found_inf.reshape(()).to(teacher._step.device) == 0
-        else:
-            teacher._step += int(found_inf == 0)
+
+
+def _check_shared(first: EMANTeacher, teacher: EMANTeacher) -> None:
+    own = [name for name in _SHARED if getattr(teacher, name) != getattr(first, name)]
+    if own:
+        theirs, firsts = ([repr(getattr(each, name)) for name in own] for each in (teacher, first))
+        raise ValueError(
+            f"teachers that are updated in one pass have their options in common, and {', '.join(own)} of one is "
+            f"{', '.join(theirs)} where the first's is {', '.join(firsts)}; set it for all, or update each by itself"
+        )
+
+
+def _count(teacher: EMANTeacher, found_inf: Tensor | None) -> Callable[[], object]:
+    """What counts the step: a C function, so that no interrupt comes between the write and it."""
+    step = teacher._step
+    if not isinstance(step, Tensor):
+        # Not by nn.Module's setattr, which looks among parameters and modules first: a tenth of a cold step.
+        return partial(teacher.__dict__.__setitem__, "_step", step + 1)
+    return partial(step.add_, 1 if found_inf is None else (found_inf == 0).to(step.device))
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
 
 
 def _momentum(teacher: EMANTeacher) -> float | Tensor:

@@ -1,7 +1,7 @@
 """What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import pytest
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from eman_kernels import backends
+from eman_kernels.call import Call
+from eman_kernels.interrupts import at_once
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Call, Plan, Work
+from eman_kernels.plan import Plan, Work
 
 EMA_PAIRS = [
     (torch.float32, torch.float32),
@@ -90,6 +92,12 @@ def update(backend: str, pairs: list[Pair], call: Call, **options: bool) -> Plan
 def work_of(pairs: list[Pair], backend: ModuleType, device: torch.device, *options: object, **more: object) -> Work:
     """What one backend does for these pairs, eligible or not."""
     return Work(device, backend, pairs, {id(t): i for i, t in enumerate(tensors_of(pairs))}, *options, **more)
+
+
+def exchange(pieces: Iterable[tuple[Callable[[], object], ...]]) -> None:
+    """Do what a backend's swaps give."""
+    for calls in pieces:
+        at_once(*calls)
 
 
 class Guarded:

@@ -23,7 +23,7 @@ import eman_kernels
 from eman_kernels import ema_update_
 from eman_kernels.backends import reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*stands still")  # every dtype at every momentum
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not move")  # every dtype at every momentum
 
 
 @pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))

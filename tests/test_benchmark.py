@@ -28,7 +28,7 @@ import timing  # noqa: E402
 import updates  # noqa: E402
 
 # Rounding to nearest at 0.999 is what is measured, whether the teacher moves or not.
-pytestmark = pytest.mark.filterwarnings("ignore:.*stands still")
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not move")
 CPU = torch.device("cpu")
 OURS = "eman_kernels cpu" if available_backends()["cpu"] is None else "eman_kernels foreach"
 needs_the_kernel = pytest.mark.skipif(OURS != "eman_kernels cpu", reason=f"{available_backends()['cpu']}")

@@ -6,12 +6,23 @@ import types
 import pytest
 import torch
 import torchvision
-from conftest import assert_same_bits, lerp
+from conftest import assert_same_bits, exchange, lerp
 from torch import nn
 
 import eman_kernels
-from eman_kernels import EMANTeacher, EMANTeachers, backends, ema_update_, eman_update_, plan, plan_for, schedules
+from eman_kernels import (
+    EMANTeacher,
+    EMANTeachers,
+    backends,
+    ema_update_,
+    eman_update_,
+    known,
+    plan,
+    plan_for,
+    schedules,
+)
 from eman_kernels.backends import cuda, reference
+from eman_kernels.call import Call
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
 
@@ -86,7 +97,7 @@ def test_a_plan_may_go_while_its_kernel_waits(backend):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP)
         ema_update_([teacher], [student], 0.0, backend=backend)
-    eman_kernels.functional._lists.clear()
+    known._lists.clear()
     garbage = [torch.full((4, 4), -1, device="cuda") for _ in range(100)]
     stream.synchronize()
     assert (teacher == 3).all()
@@ -101,7 +112,7 @@ def test_a_captured_graph_replays_and_outlives_its_plan(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         eman_update_(teacher, student, 0.5, backend=backend)
-    eman_kernels.functional._networks.clear()
+    known._networks.clear()
     garbage = [torch.full((8, 4), -1, device="cuda") for _ in range(100)]
     for _ in range(3):
         with torch.no_grad():
@@ -349,12 +360,12 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
         each.table, each.n_pieces = table, len(table) // each.n_teachers
     single, double, found_inf, step, skipped = map(torch.tensor, (0.25, 0.25, 0.0, 7, 0))
     double = double.double()
-    cuda.run(work, plan.Call([0.25], found_inf), [])
-    cuda.run(work, plan.Call(single), [])
-    cuda.run(work, plan.Call(double), [])
-    cuda.swap(work, [])
-    cuda.run(general, plan.Call(double, seed=3, step=(1 << 32) + 4), [])
-    cuda.run(general, plan.Call([0.5] * 5, seed=3, step=step, skipped=skipped), [])
+    cuda.run(work, Call([0.25], found_inf), [])
+    cuda.run(work, Call(single), [])
+    cuda.run(work, Call(double), [])
+    exchange(cuda.swaps(work, []))
+    cuda.run(general, Call(double, seed=3, step=(1 << 32) + 4), [])
+    cuda.run(general, Call([0.5] * 5, seed=3, step=step, skipped=skipped), [])
     momenta = {"momenta_address": double.data_ptr(), "momenta_are_double": True}
     options = {"stochastic": False, "skip_nonfinite": True, "seed": 3}
     addresses = {"step_address": step.data_ptr(), "skipped": skipped.data_ptr()}

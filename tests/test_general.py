@@ -9,6 +9,7 @@ from conftest import (
     Guarded,
     assert_same_bits,
     comparison,
+    exchange,
     is_interpreted,
     lerp,
     planned,
@@ -20,8 +21,8 @@ from conftest import (
 
 from eman_kernels import backends, ema_update_, plan, swapped
 from eman_kernels.backends import reference
+from eman_kernels.call import Call
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Call
 
 HALF_PAIRS = [pair for pair in EMA_PAIRS if pair[0] in (torch.bfloat16, torch.float16)]
 FLOAT_PAIRS = [pair for pair in EMA_PAIRS if pair[0] == torch.float32]
@@ -221,7 +222,7 @@ def test_swap(backend_and_device, dtype, offsets):
     pairs = [Pair(str(i), t.tensor, s.tensor, "swap") for i, (t, s) in enumerate(zip(*both, strict=True))]
     made, tensors = planned(pairs, backend)
     assert not made.ineligible
-    made.swap(tensors)
+    exchange(made.swaps(tensors))
     for guards, want in zip(both, reversed(before), strict=True):
         for guard, tensor in zip(guards, want, strict=True):
             assert_same_bits(guard.tensor, tensor)

@@ -21,8 +21,9 @@ from conftest import (
 )
 
 from eman_kernels.backends import reference
+from eman_kernels.call import Call
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import COPY_CODES, PAIR_CODES, Call
+from eman_kernels.plan import COPY_CODES, PAIR_CODES
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"

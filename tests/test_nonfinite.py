@@ -16,10 +16,10 @@ from conftest import (
 from torch import nn
 
 from eman_kernels import EMANTeacher, ema_update_
+from eman_kernels.call import Call
 from eman_kernels.pairing import Pair
-from eman_kernels.plan import Call
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*stands still")  # every dtype at every momentum
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not move")  # every dtype at every momentum
 
 MOMENTA = [0.0, 0.3, 0.5, 0.999, 1.0]
 INF, NAN = torch.inf, torch.nan

@@ -13,7 +13,7 @@ from conftest import values
 
 from eman_kernels import EMANTeacher, ema_update_
 from eman_kernels.backends import reference
-from eman_kernels.plan import Call
+from eman_kernels.call import Call
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import rounding as benchmark
@@ -113,7 +113,7 @@ def test_a_teacher_rounded_at_random_follows_without_bias(momentum, dtype):
     assert (abs(mean) > 20 * standard_error) == bool(warned) == ((dtype, momentum) != (torch.float16, 0.99))
 
 
-@pytest.mark.filterwarnings("ignore:.*stands still")
+@pytest.mark.filterwarnings("ignore:.*does not move")
 def test_a_bfloat16_teacher_rounded_to_nearest_stands_still():
     """The reason for all this: 100 updates at a gap of 5 % move no element, and stochastic ones most of the way."""
     start = torch.rand(10_000) + 1
@@ -130,7 +130,7 @@ def test_a_bfloat16_teacher_rounded_to_nearest_stands_still():
 def test_a_teacher_that_stands_still_is_warned_of_once():
     student = torch.nn.Linear(4, 4).to(torch.bfloat16)
     teacher = EMANTeacher(student, momentum=0.999)
-    with pytest.warns(UserWarning, match="half-precision teacher rounded to nearest stands still.*stochastic") as seen:
+    with pytest.warns(UserWarning, match="half-precision teacher rounded to nearest does not move.*stochastic") as seen:
         teacher.update(student)
     assert len(seen) == 1
     assert seen[0].filename == __file__

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exchange
 
 from eman_kernels import ema_update_
 from eman_kernels.backends import triton as backend
-from eman_kernels.plan import Call
+from eman_kernels.call import Call
 
 HERE = Path(__file__).parent
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -244,5 +245,5 @@ def test_what_is_launched(monkeypatch, name, warp):
     assert all(map(operator.is_, args, (Work.table, momentum, None, found_inf, 11, step, skipped)))
     assert kwargs == general | {"GENERAL": (2, True, True, False)}
 
-    backend.swap(Work(), [])
+    exchange(backend.swaps(Work(), []))
     assert launched[4] == ((6,), (Work.table,), general)

@@ -20,7 +20,9 @@ from eman_kernels import (
     ema_update_,
     eman_update_,
     functional,
+    known,
     plan_for,
+    swap,
     swapped,
     watch,
 )
@@ -43,7 +45,8 @@ both_walks = pytest.mark.usefixtures("_looking")
 def plans(monkeypatch):
     """The plans that are made."""
     made, real = [], functional.Plan
-    monkeypatch.setattr(functional, "Plan", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    for room in (functional, swap):
+        monkeypatch.setattr(room, "Plan", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
     return made
 
 
@@ -203,7 +206,7 @@ def move_by_swapping(net):
 
 
 def requires_grad(net):
-    net.requires_grad_(not net.conv.weight.requires_grad)
+    net.conv.requires_grad_(not net.conv.weight.requires_grad)
 
 
 def wrap(net):
@@ -496,22 +499,22 @@ def test_a_buffer_that_alternates_makes_two_plans(plans):
 def test_plans_of_a_pair_are_bounded_and_the_last_used_stay(plans):
     teacher, student = Net(), Net()
     eman_update_(teacher, student, 0.5)
-    for k in range(3 * functional._PLANS):
+    for k in range(3 * known._PLANS):
         eman_update_(teacher, student, 0.5, rules={f"{'*' * (k + 1)}": "copy"})
         eman_update_(teacher, student, 0.5)
-    assert len(plans) == 1 + 3 * functional._PLANS
-    assert len(functional._networks[id(teacher), id(student)].plans) == functional._PLANS
+    assert len(plans) == 1 + 3 * known._PLANS
+    assert len(known._networks[id(teacher), id(student)].plans) == known._PLANS
 
 
 def test_lists_are_bounded_and_dead_ones_go():
-    functional._lists.clear()
+    known._lists.clear()
     for size in range(1, 20):
         ema_update_([torch.zeros(size)], [torch.ones(size)], 0.5)
-    assert len(functional._lists) == 1
-    kept = [torch.zeros(1) for _ in range(functional._LISTS + 5)]
+    assert len(known._lists) == 1
+    kept = [torch.zeros(1) for _ in range(known._LISTS + 5)]
     for tensor in kept:
         ema_update_([tensor], [torch.ones(1)], 0.5)
-    assert len(functional._lists) <= functional._LISTS
+    assert len(known._lists) <= known._LISTS
 
 
 # ---------------------------------------------------------------- what a plan keeps alive
@@ -596,14 +599,14 @@ def test_a_network_whose_child_refers_back_is_freed(refer_back):
     eman_update_(teacher, student, 0.5)
     with swapped(teacher, student):
         pass
-    entries = len(functional._networks)
+    entries = len(known._networks)
     dead = [weakref.ref(net) for net in (teacher, student)]
     plan = weakref.ref(plan_for(teacher, student))
     del teacher, student
     gc.collect()
     assert [reference() for reference in dead] == [None, None]
     assert plan() is None
-    assert len(functional._networks) == entries - 1
+    assert len(known._networks) == entries - 1
 
 
 class Equal(nn.Linear):

@@ -1,9 +1,11 @@
 """The compiled kernel on CPU threads."""
 
 import os
+from functools import partial
 
 import torch
 
+from ..interrupts import at_once
 from .extension import C, call_of, missing
 
 NAME = "cpu"
@@ -38,8 +40,9 @@ def threads(numel: int) -> int:
 
 
 def run(work, call, tensors) -> None:
-    C.update_cpu(call_of(work, call), work.n_pieces, work.general, threads(work.numel))
+    launch = partial(C.update_cpu, call_of(work, call), work.n_pieces, work.general, threads(work.numel))
+    at_once(launch, *call.counts)
 
 
-def swap(work, tensors) -> None:
-    C.swap_cpu(work.table.data_ptr(), len(work.table), threads(work.numel))
+def swaps(work, tensors):
+    yield (partial(C.swap_cpu, work.table.data_ptr(), len(work.table), threads(work.numel)),)

@@ -1,9 +1,10 @@
 """The compiled CUDA kernel: one launch on the current stream of the tensors' device."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
+from ..interrupts import at_once
 from .extension import C, call_of, missing
 
 NAME = "cuda"
@@ -38,11 +39,12 @@ def unavailable(device_type: str) -> str | None:
 
 def run(work, call, tensors) -> None:
     stream = torch.cuda.current_stream(work.device).cuda_stream
-    C.update_cuda(call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
+    launch = partial(C.update_cuda, call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
+    at_once(launch, *call.counts)
     work.keep_table()
 
 
-def swap(work, tensors) -> None:
+def swaps(work, tensors):
     stream = torch.cuda.current_stream(work.device).cuda_stream
-    C.swap_cuda(work.table.data_ptr(), len(work.table), work.device.index, stream)
     work.keep_table()
+    yield (partial(C.swap_cuda, work.table.data_ptr(), len(work.table), work.device.index, stream),)

@@ -4,6 +4,7 @@ from math import isfinite
 
 import torch
 
+from ..interrupts import at_once
 from . import reference
 
 NAME = "foreach"
@@ -19,6 +20,7 @@ def run(work, call, tensors) -> None:
     if work.general or call.found_inf is not None or isinstance(call.momenta, torch.Tensor):
         # _foreach_lerp_ does none of these; its weight is a number.
         return reference.run(work, call, tensors)
+    at_once(*call.counts)  # several operations: what has begun counts
     weight = 1.0 - call.momenta[0]
     for (rule, teacher_dtype, student_dtype), places in work.places.items():
         teachers, students = [tensors[p.teacher] for p in places], [tensors[p.student] for p in places]
@@ -45,4 +47,4 @@ def _may_be_infinite(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cpu" or not isfinite(tensor.sum())
 
 
-swap = reference.swap
+swaps = reference.swaps

@@ -1,9 +1,12 @@
 """The ground truth, in plain torch: what every other backend must equal bit for bit. It takes any pair there is."""
 
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
+
+from ..interrupts import at_once
 
 NAME = "reference"
 TAKES_TABLE = False
@@ -39,18 +42,16 @@ def run(work, call, tensors) -> None:
                 call.skipped += (~finite).sum() * (1 if call.found_inf is None else call.found_inf == 0)
         if call.found_inf is not None:
             new = torch.where(call.found_inf != 0, teacher, new)
-        teacher.copy_(new)
+        at_once(partial(teacher.copy_, new), *call.counts)
+        call.counts = ()
         if place.cast is not None:
             tensors[place.cast].copy_(teacher)
 
 
-@torch.no_grad()
-def swap(work, tensors) -> None:
+def swaps(work, tensors):
     for place in chain(*work.places.values()):
         teacher, student = tensors[place.teacher], tensors[place.student]
-        was = teacher.clone()
-        teacher.copy_(student)
-        student.copy_(was)
+        yield partial(teacher.copy_, student), partial(student.copy_, teacher.clone())
 
 
 def lerp(teacher: Tensor, student: Tensor, weight: float | Tensor, heals: bool = False) -> Tensor:

@@ -6,9 +6,11 @@ its cache on disk (~/.triton/cache), and later processes load it from there.
 
 import os
 from ctypes import c_float
-from functools import cache
+from functools import cache, partial
 
 import torch
+
+from ..interrupts import at_once
 
 missing: str | None = None
 try:
@@ -66,10 +68,11 @@ def run(work, call, tensors) -> None:
         call.skipped if work.skip_nonfinite else None,
         GENERAL=general,
     )
+    at_once(*call.counts)
 
 
-def swap(work, tensors) -> None:
-    launch(eman_swap, work)
+def swaps(work, tensors):
+    yield (partial(launch, eman_swap, work),)
 
 
 def launch(kernel, work, *arguments, **constants) -> None:

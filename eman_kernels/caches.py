@@ -1,0 +1,27 @@
+"""Modules that keep, in eval mode, what they have computed from their weights: stale once those are written.
+
+timm's LeViT, TinyViT and EfficientFormer keep attention biases so, and drop or renew them in ``train(mode)``.
+"""
+
+from collections.abc import Iterable
+from weakref import ref
+
+from torch import nn
+
+
+def caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
+    """Those whose class has a ``train`` of its own. It calls that of the modules in it, so that those are left out."""
+    if type(network).train is not nn.Module.train:
+        return [ref(network)]
+    return [found for child in network.children() for found in caching_modules(child)]
+
+
+def renew(modules: Iterable[ref[nn.Module]]) -> None:
+    """Let them notice, each in the mode that it is in."""
+    for reference in modules:
+        module = reference()
+        if module is not None:
+            modes = [(each, each.training) for each in module.modules()]
+            module.train(module.training)
+            for each, mode in modes:
+                each.training = mode

@@ -1,0 +1,111 @@
+"""The teacher's network: a copy of the student, or one that is given, with the student's values."""
+
+import functools
+import types
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from .functional import check_network, ema_update_, eman_update_
+from .pairing import Rule, named_tensors, unwrap
+from .watch import is_plain
+
+
+def copied(student: nn.Module) -> nn.Module:
+    """A deep copy of the student. Raises TypeError that says what stands in the way, and warns of a copy that would run
+    the student."""
+    check_network(student)
+    student = unwrap(student)
+    try:
+        copy = deepcopy(student)
+    except Exception as error:
+        raise TypeError(
+            f"the student cannot be deep-copied: {_cause(student)} ({type(error).__name__}: {error}). Give the teacher "
+            "a network of its own, built as the student was: EMANTeacher(student, module=another_instance)"
+        ) from error
+    theirs = {id(module) for module in student.modules()}
+    for name, module in copy.named_modules():
+        if "forward" in vars(module) and _leads_to(vars(module)["forward"], theirs):
+            warnings.warn(
+                f"the forward of the student's {name or 'network itself'} was replaced by a function that holds the "
+                "student, and so does the copy's: the teacher would run the student. Patch the teacher's own forward, "
+                "or take EMANTeacher(student, module=another_instance)",
+                stacklevel=3,
+            )
+    return copy
+
+
+def adopted(
+    module: nn.Module, student: nn.Module, rules: Mapping[str, Rule], buffers: Rule, backend: str | None, keep: bool
+) -> nn.Module:
+    """This network, with the student's values unless it is to keep its own."""
+    check_network(module)
+    check_network(student)
+    module = unwrap(module).requires_grad_(False)
+    if keep:
+        return module
+    eman_update_(module, student, 0.0, rules=rules, buffers=buffers, backend=backend)
+    # What the updates skip is to begin alike too, where both have it.
+    teachers, students = named_tensors(module), named_tensors(student)
+    both = [(tensor, students[name]) for name, tensor in teachers.items() if name in students]
+    both = [(t, s) for t, s in both if t.shape == s.shape and not _same(t, s)]
+    skipped = (
+        [(t, s) for t, s in both if not torch.equal(t, s.to(t.device, t.dtype))]
+        if "skip"
+        in (
+            buffers,
+            *rules.values(),
+        )
+        else []
+    )
+    ema_update_([t for t, _ in skipped], [s for _, s in skipped], 0.0, backend=backend)
+    return module
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (is_plain(one) and is_plain(other) and one.data_ptr() == other.data_ptr())
+
+
+def _cause(student: nn.Module) -> str:
+    for name, module in student.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute == "_modules":
+                continue
+            inner = value.items() if attribute in ("_parameters", "_buffers") else [(attribute, value)]
+            for key, thing in inner:
+                where = f"{name}.{key}".lstrip(".")
+                if isinstance(thing, Tensor) and not thing.is_leaf:
+                    return f"its {where} is the result of a computation that autograd recorded"
+                try:
+                    deepcopy(thing)
+                except Exception:
+                    return f"its {where} is a {type(thing).__name__}"
+    return "a module refuses it"
+
+
+def _leads_to(thing: object, modules: set[int], depth: int = 6) -> bool:
+    """Whether calling it would come to one of these modules: by what it is bound to, closed over or wraps."""
+    if id(thing) in modules:
+        return True
+    if depth == 0 or isinstance(thing, nn.Module | type):
+        return False
+    inner: list[object] = []
+    if isinstance(thing, types.MethodType):
+        inner = [thing.__self__, thing.__func__]
+    elif isinstance(thing, functools.partial):
+        inner = [thing.func, *thing.args, *thing.keywords.values()]
+    elif isinstance(thing, types.FunctionType):
+        for cell in thing.__closure__ or ():
+            try:
+                inner.append(cell.cell_contents)
+            except ValueError:  # empty yet
+                continue
+        inner += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *vars(thing).values()]
+    elif isinstance(thing, list | tuple):
+        inner = list(thing)
+    elif callable(thing):
+        inner = list(getattr(thing, "__dict__", {}).values())
+    return any(_leads_to(each, modules, depth - 1) for each in inner)

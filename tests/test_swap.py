@@ -1,0 +1,511 @@
+"""Teacher and student exchanged: whatever happens meanwhile, each has its own values afterwards."""
+
+import copy
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from eman_kernels import EMANTeacher, EMANTeachers, available_backends, eman_update_, swapped
+
+
+class Student(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def randomise(module):
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+            else:
+                tensor.random_(1, 100)
+    return module
+
+
+def values(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_values(module, expected):
+    now = module.state_dict()
+    assert now.keys() == expected.keys()
+    for name, tensor in now.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture
+def student():
+    return randomise(Student()).eval()
+
+
+@pytest.fixture
+def teacher(student):
+    teacher = EMANTeacher(student, 0.5)
+    randomise(teacher.module)
+    return teacher
+
+
+# ---------------------------------------------------------------- what the networks hold changes meanwhile
+
+
+def test_half_of_the_student(student, teacher):
+    own, theirs = values(teacher.module), values(student)
+    with teacher.swapped(student):
+        student.half()
+        assert_values(student, {name: v.half() if v.is_floating_point() else v for name, v in own.items()})
+    assert_values(teacher.module, own)
+    assert_values(student, {name: v.half() if v.is_floating_point() else v for name, v in theirs.items()})
+    teacher.update(student)
+    assert teacher.step == 1
+
+
+def replace_buffer(module):
+    module[1].running_mean = torch.zeros(4)
+
+
+def replace_parameter(module):
+    module[3].weight = nn.Parameter(torch.zeros(2, 16))
+
+
+def replace_layer(module):
+    module[3] = nn.Linear(16, 2)
+
+
+def through_data(module):
+    for parameter in module.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+def assigned(module):
+    module.load_state_dict({k: torch.zeros_like(v) for k, v in module.state_dict().items()}, assign=True)
+
+
+REPLACING = [replace_buffer, replace_parameter, replace_layer, through_data, assigned]
+
+
+@pytest.mark.parametrize("change", REPLACING)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("backend", [None, "foreach"])
+def test_replaced_tensors_get_their_networks_own_value(student, change, whose, backend):
+    teacher = EMANTeacher(student, 0.5, backend=backend)
+    randomise(teacher.module)
+    own, theirs = values(teacher.module), values(student)
+    with teacher.swapped(student):
+        change(student if whose == "student" else teacher.module)
+    assert_values(teacher.module, own)
+    assert_values(student, theirs)
+    teacher.update(student)
+    expected = torch.lerp(own["0.weight"], theirs["0.weight"], 0.5)
+    assert torch.equal(teacher.module[0].weight, expected)
+
+
+def widen_within_a_context(teacher, student):
+    with teacher.swapped(student):
+        teacher.module[3] = nn.Linear(16, 5)
+
+
+def widen_between_hooks(teacher, student):
+    teacher.swap(student)
+    teacher.module[3] = nn.Linear(16, 5)
+    teacher.swap_back()
+
+
+@pytest.mark.parametrize("widen", [widen_within_a_context, widen_between_hooks])
+def test_what_cannot_be_given_back_is_named(student, teacher, widen):
+    own, theirs = values(teacher.module), values(student)
+    with pytest.raises(RuntimeError, match=r"(?s)the teacher's 3\.weight: its shape was \(2, 16\), and is \(5, 16\)"):
+        widen(teacher, student)
+    assert_values(student, theirs)
+    assert torch.equal(teacher.module[0].weight, own["0.weight"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)3\.weight.*load_state_dict\(\) makes the teacher whole again"):
+            teacher.update(student)
+    assert teacher.step == 0
+    teacher.module[3] = nn.Linear(16, 2).requires_grad_(False)
+    state = {f"module.{name}": value for name, value in own.items()}
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        teacher.update(student)
+    teacher.load_state_dict(state | {"_extra_state": torch.tensor(3)})
+    teacher.update(student)
+    assert teacher.step == 4
+    assert torch.equal(teacher.module[0].weight, torch.lerp(own["0.weight"], theirs["0.weight"], 0.5))
+
+
+def test_a_clean_swap_makes_it_whole_as_well(student, teacher):
+    with pytest.raises(RuntimeError, match=r"3\.bias"), teacher.swapped(student):
+        teacher.module[3].bias = nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"3\.bias"):
+        teacher.update(student)
+    teacher.module[3].bias = nn.Parameter(torch.zeros(2), requires_grad=False)
+    with teacher.swapped(student):
+        pass
+    teacher.update(student)
+    assert teacher.step == 1
+
+
+def fail_within(teacher, student, change):
+    with teacher.swapped(student):
+        change()
+        1 / 0  # noqa: B018
+
+
+def test_the_users_own_exception_is_not_displaced(student, teacher):
+    own = values(teacher.module)
+    with pytest.raises(ZeroDivisionError):
+        fail_within(teacher, student, student.half)
+    assert_values(teacher.module, own)
+    student.float()
+    with (
+        pytest.warns(UserWarning, match=r"the student's 3\.weight: its shape was"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        fail_within(teacher, student, lambda: student.add_module("3", nn.Linear(16, 7)))
+    with pytest.raises(RuntimeError, match=r"3\.weight"):
+        teacher.update(student)
+
+
+def test_memory_that_was_let_go(student, teacher):
+    with pytest.raises(RuntimeError, match="freed or resized"), teacher.swapped(student):
+        student[3].weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed or resized"):
+        teacher.update(student)
+
+
+# ---------------------------------------------------------------- copies and checkpoints meanwhile
+
+
+def saved_and_loaded(teacher):
+    file = io.BytesIO()
+    torch.save(teacher, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, saved_and_loaded, lambda teacher: pickle.loads(pickle.dumps(teacher))]
+)
+def test_a_copy_made_meanwhile_has_the_teachers_own_values(student, teacher, clone):
+    own, theirs = values(teacher.module), values(student)
+    with teacher.swapped(student):
+        twin = clone(teacher)
+        assert_values(twin.module, own)
+        assert_values(teacher.module, theirs)
+        twin.update(copy.deepcopy(student))  # which holds the teacher's values
+    assert_values(teacher.module, own)
+    twin.update(student)
+    assert twin.step == 2
+
+
+@pytest.mark.parametrize("held_by", [None, "parent"])
+def test_state_dict_meanwhile_is_the_teachers_own(student, teacher, held_by):
+    own, theirs = values(teacher.module), values(student)
+    holder, prefix = teacher, "module."
+    if held_by:
+        holder, prefix = nn.ModuleDict({"teacher": teacher}), "teacher.module."
+    with teacher.swapped(student):
+        state = holder.state_dict()
+        assert torch.equal(student.state_dict()["0.weight"], own["0.weight"])
+        assert torch.equal(teacher.module.state_dict()["0.weight"], theirs["0.weight"])
+        with pytest.raises(RuntimeError, match="load after the context has been left"):
+            holder.load_state_dict(state)
+    for name, value in own.items():
+        assert torch.equal(state[prefix + name], value), name  # after leaving too
+
+
+# ---------------------------------------------------------------- rules, buffers, hooks, caches
+
+
+@pytest.mark.parametrize(("rules", "buffers"), [({"1.running_*": "skip"}, "ema"), (None, "skip")])
+def test_what_the_update_skips_stays(student, rules, buffers):
+    teacher = EMANTeacher(student, 0.5, rules=rules, buffers=buffers)
+    randomise(teacher.module)
+    del teacher.module[1]._buffers["running_mean"]
+    teacher.module[1].register_buffer("running_mean", None)
+    student.register_buffer("queue", torch.zeros(3), persistent=False)
+    if rules:
+        teacher.rules["queue"] = "skip"
+    variance, weight = student[1].running_var.clone(), teacher.module[0].weight.clone()
+    with teacher.swapped(student):
+        assert torch.equal(student[1].running_var, variance)
+        assert torch.equal(student[0].weight, weight)
+    teacher.update(student)
+
+
+def test_hooks_that_come_in_pairs(student, teacher):
+    own, theirs = values(teacher.module), values(student)
+    with pytest.raises(RuntimeError, match="not swapped"):
+        teacher.swap_back()
+    for _ in range(2):
+        teacher.swap(student)
+        assert_values(student, own)
+        with pytest.raises(RuntimeError, match="swapped already"):
+            teacher.swap(student)
+        assert_values(student, own)
+        with pytest.raises(RuntimeError, match="update after the context"):
+            teacher.update(student)
+        teacher.swap_back()
+        assert_values(student, theirs)
+        assert_values(teacher.module, own)
+
+
+def test_a_context_that_is_dropped_is_left(student, teacher):
+    own = values(teacher.module)
+    context = teacher.swapped(student)
+    context.__enter__()
+    assert_values(student, own)
+    del context
+    assert_values(teacher.module, own)
+    teacher.update(student)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224", "efficientformer_l1"])
+def test_attention_biases_that_timm_keeps(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    student = timm.create_model(name, num_classes=4).eval()
+    x = torch.randn(1, 3, 224, 224)
+    teacher = EMANTeacher(student, 0.5)
+    with torch.no_grad():
+        student(x), teacher(x)
+        biases = [p for n, p in student.named_parameters() if "attention_biases" in n]
+        assert biases
+        for p in biases:
+            p.add_(torch.randn_like(p))
+        student.train().eval()
+        teacher.update(student)
+        assert torch.equal(teacher(x), copy.deepcopy(teacher.module).train().eval()(x))
+        own = student(x)
+        theirs = teacher(x)
+        assert not torch.equal(own, theirs)
+        with teacher.swapped(student):
+            assert torch.equal(student(x), theirs)
+        assert torch.equal(student(x), own)
+        assert torch.equal(teacher(x), theirs)
+
+
+class Caching(nn.Linear):
+    """Keeps its transposed weight in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept = None if mode else self.weight.detach().t().contiguous()
+        self.calls = getattr(self, "calls", 0) + 1
+        return self
+
+    def forward(self, x):
+        return x @ (self.weight.t() if self.kept is None else self.kept) + self.bias
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_cache_in_eval_mode(training):
+    student = nn.Sequential(Caching(3, 3), nn.Dropout(0.5), nn.Linear(3, 3)).train(training)
+    student[1].eval()
+    teachers = EMANTeachers(student, [0.25, 0.75])
+    with torch.no_grad():
+        student[0].weight.add_(1)
+        student.train(training)
+        student[1].eval()
+        before = teachers[0].module[0].weight.clone()
+        teachers.update(student)
+        assert torch.equal(teachers[0].module[0].weight, torch.lerp(before, student[0].weight, 0.75))
+        for teacher in teachers:
+            assert torch.equal(teacher.module[0].kept, teacher.module[0].weight.t())
+            assert not teacher.module[0].training
+        x = torch.randn(2, 3)
+        with teachers.swapped(1, student):
+            assert torch.equal(student[0](x), x @ student[0].weight.t() + student[0].bias)
+            assert [m.training for m in student] == [training, False, training]
+        assert torch.equal(student[0](x), x @ student[0].weight.t() + student[0].bias)
+        assert [m.training for m in student] == [training, False, training]
+
+
+def test_a_cache_of_a_layer_that_came_later():
+    student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    teacher = EMANTeacher(student, 0.5)
+    teacher.update(student)
+    student[1] = Caching(3, 3)
+    teacher.module[1] = Caching(3, 3).requires_grad_(False).eval()
+    teacher.update(student)
+    assert torch.equal(teacher.module[1].kept, teacher.module[1].weight.t())
+
+
+def test_within_one_autocast_context(student, teacher):
+    x = torch.randn(2, 3, 4, 4)
+    student.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = student(x)
+        expected = copy.deepcopy(teacher.module).requires_grad_(True)(x)
+        assert not torch.equal(own, expected)
+        with swapped(teacher.module, student):
+            assert torch.equal(student(x), expected)
+        assert torch.equal(student(x), own)
+
+
+# ---------------------------------------------------------------- threads, interrupts, the end
+
+
+def test_threads_take_turns(student, teacher):
+    own, theirs = values(teacher.module), values(student)
+    stop, refused, wrong = threading.Event(), [0], []
+
+    def swap_often():
+        while not stop.is_set():
+            try:
+                with teacher.swapped(student):
+                    pass
+            except RuntimeError as error:
+                refused[0] += 1
+                if "swapped already" not in str(error):
+                    wrong.append(error)
+
+    def update_often():
+        while not stop.is_set():
+            try:
+                teacher.update(student, momentum=1.0)
+            except RuntimeError as error:
+                refused[0] += 1
+                if "swapped with its student" not in str(error):
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=target) for target in (swap_often, swap_often, update_often)]
+    for thread in threads:
+        thread.start()
+    stop.wait(2)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert refused[0]
+    assert_values(student, theirs)
+    # The counters are copied by an update at any momentum.
+    own["1.num_batches_tracked"] = theirs["1.num_batches_tracked"]
+    if teacher.step:
+        assert_values(teacher.module, own)
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupts():
+    """A function that lets an exception come at some moment of what it is given. Returns whether it came."""
+
+    def handler(number, frame):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, handler)
+
+    def interrupted(action, after):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, after)
+            action()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupted:
+            return True
+        return False
+
+    yield interrupted
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# The handler may also run where Python can but report what it raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("backend", ["cpu", "foreach"])
+def test_interrupts_of_a_swap(interrupts, backend):
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    student = randomise(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    teacher = EMANTeacher(student, 0.5, backend=backend)
+    randomise(teacher.module)
+    own, theirs = values(teacher.module), values(student)
+
+    def once():
+        with teacher.swapped(student):
+            pass
+
+    once()
+    came = 0
+    for i in range(3000):
+        if i % 10 == 0:
+            teacher.module[1].running_mean = teacher.module[1].running_mean.clone()  # a plan is made anew
+        came += interrupts(once, 1e-6 + (i % 150) * 4e-6)
+        assert_values(teacher.module, own)
+        assert_values(student, theirs)
+        assert teacher._turn.exchange is None
+    teacher.update(student)
+    assert came > 300
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_interrupts_of_an_update(interrupts, several):
+    if reason := available_backends()["cpu"]:
+        pytest.skip(reason)
+    student = nn.Linear(3, 3)
+    with torch.no_grad():
+        student.weight.fill_(0)
+    teachers = EMANTeachers(student, [0.5, 0.75]) if several else EMANTeacher(student, 0.5)
+    members = list(teachers) if several else [teachers]
+    teachers.update(student)
+    came = 0
+    for i in range(6000):
+        for member in members:
+            member.module.weight.fill_(1)
+            member.step = 0
+        came += interrupts(lambda: teachers.update(student), 1e-6 + (i % 60) * 2e-6)
+        for member, factor in zip(members, (0.5, 0.75), strict=False):
+            assert member.step in (0, 1)
+            assert torch.equal(member.module.weight, torch.full((3, 3), factor**member.step)), i
+        assert len({member.step for member in members}) == 1
+    assert came > 300
+
+
+def test_an_error_is_no_step(student, teacher):
+    with pytest.raises(ValueError, match=r"momentum must be in"):
+        teacher.update(student, momentum=2.0)
+    student[3] = nn.Linear(16, 3)
+    with pytest.raises(ValueError, match=r"3\.weight"):
+        teacher.update(student)
+    assert teacher.step == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "foreach"])
+@pytest.mark.parametrize("how", ["context", "hooks", "function"])
+def test_still_open_when_python_ends(backend, how):
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    code = f"""
+import torch
+from torch import nn
+from eman_kernels import EMANTeacher, swapped
+student = nn.Sequential(nn.Linear(200, 200), nn.BatchNorm1d(200))
+teacher = EMANTeacher(student, backend={backend!r})
+how = {how!r}
+if how == "hooks":
+    teacher.swap(student)
+else:
+    context = teacher.swapped(student) if how == "context" else swapped(teacher.module, student, backend={backend!r})
+    context.__enter__()
+print("open")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout) == (0, "open\n"), done.stderr
+    assert not done.stderr
+
+
+def test_the_function_takes_buffers_too(student):
+    teacher = randomise(copy.deepcopy(student))
+    mean, weight = student[1].running_mean.clone(), teacher[0].weight.clone()
+    with swapped(teacher, student, buffers="skip"):
+        assert torch.equal(student[1].running_mean, mean)
+        assert torch.equal(student[0].weight, weight)
+    eman_update_(teacher, student, 0.5)

@@ -9,8 +9,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from .functional import check_network, ema_update_, eman_update_
-from .pairing import Rule, named_tensors, unwrap
+from .functional import ema_update_, eman_update_
+from .pairing import Rule, check_network, named_tensors, unwrap
 from .watch import is_plain
 
 

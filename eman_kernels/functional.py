@@ -13,7 +13,7 @@ from .caches import caching_modules, renew
 from .call import Call, Nonfinite, Rounding, call_of, check_modes
 from .known import Followed, known_lists, known_networks, networks_plan
 from .low_precision import LowPrecision
-from .pairing import Pair, Rule, check_lengths, check_order, named_tensors, pair_lists, pair_modules
+from .pairing import Pair, Rule, check_lengths, check_network, check_order, named_tensors, pair_lists, pair_modules
 from .plan import Plan
 from .watch import Watch, increment_versions
 
@@ -224,13 +224,6 @@ def _plan(
     pairs: list[Pair], tensors: list[Tensor], backend: str | None, rounding: Rounding, nonfinite: Nonfinite
 ) -> Plan:
     return Plan(pairs, tensors, backend, stochastic=rounding == "stochastic", skip_nonfinite=nonfinite == "skip")
-
-
-def check_network(network: object) -> None:
-    """Raises TypeError for what is no network."""
-    if not isinstance(network, nn.Module):
-        remedy = "the network itself, an nn.Module, and not its parameters() or state_dict()"
-        raise TypeError(f"a teacher and a student must be {remedy}; it is a {type(network).__name__}")
 
 
 def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:

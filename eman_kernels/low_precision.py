@@ -21,6 +21,7 @@ class LowPrecision:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        _check_half(dtype)
         self.dtype = dtype
         self.tensors: dict[str, Tensor] = {}  # by every name that the master has for them
         self.copies: list[Tensor] = []  # each once
@@ -109,8 +110,7 @@ def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:
     """Raises ValueError for a cast that would not make a narrower copy of the network."""
     if cast is None:
         return
-    if cast not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"cast must be torch.bfloat16 or torch.float16, and is {cast}")
+    _check_half(cast)
     tensors = chain(module.parameters(), module.buffers())
     widest = max((t.element_size() for t in tensors if t.is_floating_point()), default=0)
     if widest <= cast.itemsize:
@@ -118,3 +118,8 @@ def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:
             f"cast={cast} is no narrower than the teacher, which would be its own copy; leave cast away, or take "
             "dtype=torch.float32 for the teacher"
         )
+
+
+def _check_half(cast: torch.dtype) -> None:
+    if cast not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"cast must be torch.bfloat16 or torch.float16, and is {cast}")

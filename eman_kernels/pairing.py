@@ -64,6 +64,13 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def check_network(network: object) -> None:
+    """Raises TypeError for what is no network."""
+    if not isinstance(network, nn.Module):
+        remedy = "the network itself, an nn.Module, and not its parameters() or state_dict()"
+        raise TypeError(f"a teacher and a student must be {remedy}; it is a {type(network).__name__}")
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, the non-persistent too, by the names they have in the unwrapped network.
 

@@ -181,12 +181,12 @@ class EMANTeacher(nn.Module):
         """The network's output, without gradients. For gradients to the input, call ``teacher.module``."""
         if self.cast is None:
             return self.module(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, self._as_cast, (args, kwargs))
         if torch.compiler.is_compiling():
             # A graph cannot ask whether the copy is true. It casts what it reads, and so is never wrong.
             low = {name: tensor.to(dtype) for name, tensor, dtype in narrowed(self.module, self.cast)}
         else:
             low = self._low_precision().tensors
+        args, kwargs = tree_map_only(Tensor, self._as_cast, (args, kwargs))
         return functional_call(self.module, low, args, kwargs, tie_weights=False)
 
     def refresh(self) -> None:

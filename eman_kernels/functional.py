@@ -13,7 +13,7 @@ from .caches import caching_modules, renew
 from .call import Call, Nonfinite, Rounding, call_of, check_modes
 from .known import Followed, known_lists, known_networks, networks_plan
 from .low_precision import LowPrecision
-from .pairing import Pair, Rule, check_lengths, check_network, check_order, named_tensors, pair_lists, pair_modules
+from .pairing import Pair, Rule, check_lengths, check_order, named_tensors, pair_lists, pair_modules
 from .plan import Plan
 from .watch import Watch, increment_versions
 
@@ -150,9 +150,6 @@ def update_networks(
     copies: Sequence[LowPrecision] = (),
 ) -> None:
     """Let several networks follow one. options: those of update_options. copies: the teachers' low-precision copies."""
-    for network in (*teachers, student):
-        if not isinstance(network, nn.Module):
-            check_network(network)
     known = known_networks(teachers[0], student)
     roots = [*teachers, student]
     for copy in copies:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from operator import methodcaller
 
 _call = methodcaller("__call__")
+_exhaust = deque(maxlen=0).extend  # which keeps nothing
 
 
 def at_once(*calls: Callable[[], object]) -> None:
@@ -13,4 +14,4 @@ def at_once(*calls: Callable[[], object]) -> None:
     Python runs the handlers of signals, and raises KeyboardInterrupt, between two bytecodes. There are none here where
     each call is C's own: a function of the extension, of torch or of a dict, bound by functools.partial.
     """
-    deque(map(_call, calls), maxlen=0)
+    _exhaust(map(_call, calls))

@@ -6,6 +6,7 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .pairing import check_network
 from .plan import Plan
 from .watch import Roots, Watch, is_plain
 
@@ -60,6 +61,8 @@ def known_networks(teacher: nn.Module, student: nn.Module) -> Known:
     key = id(teacher), id(student)
     known = _networks.get(key)
     if known is None:
+        check_network(teacher)
+        check_network(student)
 
         def forget(_: object, networks: dict = _networks) -> None:
             networks.pop(key, None)

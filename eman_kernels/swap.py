@@ -16,7 +16,7 @@ from . import backends
 from .caches import caching_modules, renew
 from .interrupts import at_once
 from .known import Followed, known_networks
-from .pairing import Pair, Rule, check, check_network, named_tensors, pair_modules
+from .pairing import Pair, Rule, check, named_tensors, pair_modules
 from .plan import Plan
 from .watch import Watch, increment_versions, is_plain
 
@@ -49,8 +49,6 @@ class Exchange:
         backend: str | None,
         turn: Turn,
     ) -> None:
-        check_network(teacher)
-        check_network(student)
         self._teacher, self._student = teacher, student
         self._options = "swap", tuple(rules.items()) if rules else (), buffers, backends.requested(backend)
         self._turn = turn

@@ -395,7 +395,7 @@ def _update(
     check_modes(first.rounding, first.seed, True, first.nonfinite)
     if found_inf is not None:
         found_inf = as_found_inf(found_inf)
-    networks, momenta = [], []
+    networks, momenta, counts = [], [], []
     for teacher in teachers:
         if teacher._turn.exchange is not None:
             raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
@@ -406,12 +406,12 @@ def _update(
         teacher._prepare(found_inf)
         networks.append(teacher.module)
         momenta.append(_momentum(teacher) if momentum is None else momentum)
+        counts.append(_count(teacher, found_inf))
     copies = []
     # A copy that no forward has asked for yet need not be written along.
     if first.cast is not None and any(teacher._copy is not None for teacher in teachers):
         copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
     step = first._step if first.rounding == "stochastic" else None
-    counts = [_count(teacher, found_inf) for teacher in teachers]
     call = call_of(momenta, found_inf, first.seed, step, first.skipped, counts)
     options = update_options(first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite)
     update_networks(networks, student, call, options, copies)
@@ -433,7 +433,7 @@ def _check_shared(first: EMANTeacher, teacher: EMANTeacher) -> None:
 def _count(teacher: EMANTeacher, found_inf: Tensor | None) -> Callable[[], object]:
     """What counts the step: a C function, so that no interrupt comes between the write and it."""
     step = teacher._step
-    if not isinstance(step, Tensor):
+    if type(step) is int:
         # Not by nn.Module's setattr, which looks among parameters and modules first: a tenth of a cold step.
         return partial(teacher.__dict__.__setitem__, "_step", step + 1)
     return partial(step.add_, 1 if found_inf is None else (found_inf == 0).to(step.device))

@@ -2,12 +2,13 @@
 
 ``EMANTeacher`` is the teacher as a module, ``EMANTeachers`` are several of one student; ``eman_update_`` replaces the
 loop in code that has a teacher already; ``ema_update_`` takes plain lists of tensors; ``swapped`` evaluates the teacher
-in the student's place. ``schedules`` holds momentum as a function of the step, and
-``available_backends()`` says what this machine can use and why not the rest.
+in the student's place; ``load_ema_checkpoint`` takes over another library's average. ``schedules`` holds momentum as a
+function of the step, and ``available_backends()`` says what this machine can use and why not the rest.
 """
 
 from . import schedules
 from .backends import available_backends
+from .checkpoints import load_ema_checkpoint
 from .functional import ema_update_, eman_update_, plan_for
 from .swap import swapped
 from .teacher import EMANTeacher, EMANTeachers
@@ -19,6 +20,7 @@ __all__ = [
     "available_backends",
     "ema_update_",
     "eman_update_",
+    "load_ema_checkpoint",
     "plan_for",
     "schedules",
     "swapped",

@@ -8,6 +8,7 @@ momentum keeps them there for long, and the teacher is useless meanwhile. WarmUp
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,12 +107,76 @@ class PowerFunction:
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
 
+@dataclass(frozen=True)
+class InverseGamma:
+    """The warm-up of timm's ModelEmaV3, diffusers' EMAModel and ema-pytorch.
+
+    ``1 - (1 + s / inv_gamma) ** -power`` within [``min_decay``, ``momentum``], where ``s = k - update_after_step``; and
+    0 up to s = 0, so that the first ``update_after_step + 1`` updates copy the student.
+
+    With power 2/3 it is 0.999 after 31,600 updates, and 0.9999 after a million. Source: Crowson's notes in timm.
+    """
+
+    momentum: float = 0.9999
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    min_decay: float = 0.0
+    update_after_step: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.momentum)
+        _check_positive(inv_gamma=self.inv_gamma, power=self.power)
+        if not 0 <= self.min_decay <= self.momentum:
+            raise ValueError(f"min_decay must be in [0, momentum], and is {self.min_decay}")
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        since = _at_least(step - self.update_after_step, 0)
+        momentum = 1 - (1 + since / self.inv_gamma) ** -self.power
+        return _at_least(_at_most(momentum, self.momentum), self.min_decay) * (since > 0)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of all students so far, each counting alike (SWA): ``1 - 1 / (k + 1)``; the first update copies.
+
+    Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
+    """
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        return 1 - 1 / (step + 1)
+
+
+@dataclass(frozen=True)
+class CopyFirst:
+    """0 for the first ``updates`` updates, which copy the student, and then ``momentum``: a number or a schedule.
+
+    For a teacher made before what makes the processes' students equal: DDP gives all of them the first one's weights,
+    and a teacher that began at others is a different one in each process for long.
+    """
+
+    momentum: float | Callable[[int | Tensor], float | Tensor]
+    updates: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.momentum):
+            _check(self.momentum)
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        momentum = self.momentum(step) if callable(self.momentum) else self.momentum
+        copied = step < self.updates
+        return momentum * (1 - copied.double()) if isinstance(copied, Tensor) else momentum * (not copied)
+
+
 def _spread(gamma: float) -> float:
     return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
 
 
 def _at_most(number: float | Tensor, most: float) -> float | Tensor:
     return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)
+
+
+def _at_least(number: float | Tensor, least: float) -> float | Tensor:
+    return number.clamp(min=least) if isinstance(number, Tensor) else max(number, least)
 
 
 def _cos(angle: float | Tensor) -> float | Tensor:

@@ -240,9 +240,11 @@ class EMANTeacher(nn.Module):
             )
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._turn.exchange is not None:
             raise RuntimeError("the teacher is swapped with its student: load after the context has been left")
+        # A file that knows no step (another library's, or one written before there was one) leaves it as it is.
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(name.startswith(prefix + "module.") for name in state_dict):
             self._turn.unrestored = ""

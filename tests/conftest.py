@@ -1,7 +1,9 @@
 """What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,6 +16,7 @@ from eman_kernels.interrupts import at_once
 from eman_kernels.pairing import Pair
 from eman_kernels.plan import Plan, Work
 
+README = (Path(__file__).parent.parent / "README.md").read_text()
 EMA_PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -98,6 +101,17 @@ def exchange(pieces: Iterable[tuple[Callable[[], object], ...]]) -> None:
     """Do what a backend's swaps give."""
     for calls in pieces:
         at_once(*calls)
+
+
+def examples(text: str) -> list[str]:
+    """The fenced Python of a page or a docstring."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def adapters_example(library: str) -> str:
+    """The README's example for this library."""
+    (example,) = [block for block in examples(README) if f"eman_kernels.integrations.{library} import" in block]
+    return example
 
 
 class Guarded:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eman_kernels.schedules import Constant, Cosine, HalfLife, PowerFunction, WarmUp
+from eman_kernels.schedules import Average, Constant, CopyFirst, Cosine, HalfLife, InverseGamma, PowerFunction, WarmUp
 
 
 def test_cosine_is_byols():
@@ -51,7 +51,55 @@ def test_power_function_is_karrass():
         assert ((weights * (at - mean) ** 2).sum() ** 0.5).item() == pytest.approx(sigma_rel, rel=0.01)
 
 
-@pytest.mark.parametrize("schedule", [Constant(0.9), Cosine(0.9, 50), WarmUp(0.99), HalfLife(9), PowerFunction(0.1)])
+def test_inverse_gamma():
+    schedule = InverseGamma(0.95, inv_gamma=2.0, power=0.5, min_decay=0.3, update_after_step=10)
+    assert [schedule(step) for step in (0, 5, 10)] == [0.0, 0.0, 0.0]
+    assert schedule(11) == 0.3
+    assert schedule(16) == pytest.approx(0.5, abs=1e-15)
+    assert schedule(10 + 797) < 0.95
+    assert schedule(10 + 798) == schedule(10**9) == 0.95
+    # The crossings that timm, diffusers and ema-pytorch quote.
+    assert InverseGamma(1.0)(31_600) == pytest.approx(0.999, abs=1e-6)
+    assert InverseGamma(1.0, power=0.75)(215_400) == pytest.approx(0.9999, abs=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")  # what the libraries say on import
+def test_inverse_gamma_is_the_libraries():
+    """Theirs counts the update that is being made, ours those made before."""
+    model = torch.nn.Linear(2, 2)
+    options = {"inv_gamma": 2.0, "power": 0.7, "update_after_step": 4}
+    schedule = InverseGamma(0.8, min_decay=0.1, **options)
+    diffusers = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed")
+    ema_pytorch = pytest.importorskip("ema_pytorch", reason="ema-pytorch is not installed")
+    of_diffusers = diffusers.EMAModel(model.parameters(), decay=0.8, min_decay=0.1, use_ema_warmup=True, **options)
+    of_ema_pytorch = ema_pytorch.EMA(model, beta=0.8, min_value=0.1, **options)
+    for step in range(60):
+        assert schedule(step) == of_diffusers.get_decay(step + 1)
+        of_ema_pytorch.step.fill_(step + 1)
+        assert schedule(step) == pytest.approx(of_ema_pytorch.get_current_decay(), abs=1e-6)
+
+
+def test_average_is_the_mean():
+    mean = 0.0
+    for step, value in enumerate([4.0, -1.0, 2.5, 7.0]):
+        momentum = Average()(step)
+        mean = momentum * mean + (1 - momentum) * value
+    assert mean == pytest.approx(12.5 / 4)
+
+
+def test_copy_first():
+    assert [CopyFirst(0.9)(step) for step in range(3)] == [0.0, 0.9, 0.9]
+    schedule = CopyFirst(WarmUp(0.99), updates=3)
+    assert [schedule(step) for step in range(5)] == [0.0, 0.0, 0.0, 4 / 13, 5 / 14]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Constant(0.9), Cosine(0.9, 50), WarmUp(0.99), HalfLife(9), PowerFunction(0.1), InverseGamma(0.9),
+        InverseGamma(0.9, 3.0, 0.5, 0.2, 7), Average(), CopyFirst(0.9, 8), CopyFirst(WarmUp(0.99), 8),
+    ],
+)  # fmt: skip
 def test_a_step_in_a_tensor(schedule):
     for step in (0, 1, 7, 49, 50, 60, 5000):
         momentum = schedule(torch.tensor(step, dtype=torch.float64))
@@ -67,6 +115,10 @@ def test_every_schedule_stays_in_range_and_can_be_pickled(momentum, steps, step)
         WarmUp(momentum),
         HalfLife(steps),
         PowerFunction(0.2),
+        InverseGamma(momentum, min_decay=momentum / 2, update_after_step=steps),
+        Average(),
+        CopyFirst(momentum, steps),
+        CopyFirst(WarmUp(momentum)),
     ):
         assert 0 <= schedule(step) <= 1
         assert pickle.loads(pickle.dumps(schedule)) == schedule
@@ -76,7 +128,9 @@ def test_every_schedule_stays_in_range_and_can_be_pickled(momentum, steps, step)
     "make",
     [lambda: Constant(1.1), lambda: Cosine(-0.1, 5), lambda: Cosine(0.9, 0), lambda: WarmUp(float("nan")),
      lambda: HalfLife(0), lambda: HalfLife(10, batch_size=-1),
-     lambda: PowerFunction(0.3), lambda: PowerFunction(0.0)],
+     lambda: PowerFunction(0.3), lambda: PowerFunction(0.0),
+     lambda: InverseGamma(1.1), lambda: InverseGamma(power=0), lambda: InverseGamma(inv_gamma=-1),
+     lambda: InverseGamma(0.9, min_decay=0.95), lambda: CopyFirst(1.1)],
 )  # fmt: skip
 def test_bad_arguments(make):
     with pytest.raises(ValueError, match="must be"):

@@ -1,0 +1,222 @@
+"""ModelEman in timm's own training pieces, beside ModelEmaV3."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import adapters_example, assert_same_bits, examples
+from torch import nn
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+
+from timm.utils import CheckpointSaver, ModelEmaV3, distribute_bn  # noqa: E402
+
+from eman_kernels import EMANTeacher  # noqa: E402
+from eman_kernels.integrations import timm as adapter  # noqa: E402
+from eman_kernels.integrations.timm import ModelEman  # noqa: E402
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 4))
+
+
+def train_step(model):
+    model.train()
+    model(torch.randn(4, 3, 6, 6, dtype=next(model.parameters()).dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+
+def assert_same_networks(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert_same_bits(tensor, theirs[name], name)
+
+
+def test_the_examples_run(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    names = {"model": model, "optimizer": optimizer, "num_updates": 5}
+    exec(adapters_example("timm"), names)
+    assert names["model_ema"].step == 5
+    names |= {"batches": torch.randn(3, 2, 3, 64, 64), "folder": str(tmp_path)}
+    (example,) = examples(adapter.__doc__)
+    exec(example, names)
+    assert names["model_ema"].step == 3
+    assert (tmp_path / "last.pth.tar").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decay": 0.9, "update_after_step": 3},
+        {"decay": 0.7, "use_warmup": True},
+        {"decay": 0.9, "use_warmup": True, "min_decay": 0.2, "update_after_step": 2, "warmup_gamma": 3.0},
+        {"use_warmup": True, "warmup_power": 0.75, "device": "cpu"},
+    ],
+)
+@pytest.mark.parametrize("with_step", [True, False])
+def test_the_averages_are_modelemav3s_to_the_bit(options, with_step):
+    model = net()
+    ours, theirs = ModelEman(model, **options), ModelEmaV3(model, **options)
+    for step in range(1, 11):
+        train_step(model)
+        for average in (ours, theirs):
+            average.update(model, step=step if with_step else None)
+        assert_same_networks(ours.module, theirs.module)
+        if not with_step:
+            assert ours.step == step
+    assert not torch.equal(ours.module[3].weight, model[3].weight)
+    for average in (ours, theirs):
+        average.set(model)
+    assert_same_networks(ours.module, model)
+    assert_same_networks(theirs.module, model)
+    assert ours.step == 10, "set() is no update"
+
+
+def test_exclude_buffers_is_buffers_copy():
+    model = net()
+    ours, theirs = ModelEman(model, 0.9, buffers="copy"), ModelEmaV3(model, 0.9, exclude_buffers=True)
+    for step in range(1, 5):
+        train_step(model)
+        ours.update(model, step=step)
+        theirs.update(model, step=step)
+    assert_same_networks(ours.module, theirs.module)
+
+
+def test_what_v3_does_wrong_it_does_right():
+    """V3 averages tied weights twice a step, and never a buffer that is not persistent."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    model.register_buffer("mean", torch.zeros(4), persistent=False)
+    ours, theirs = ModelEman(model, 0.9), ModelEmaV3(model, 0.9)
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight += 1
+        model.mean += 1
+    ours.update(model)
+    theirs.update(model)
+    torch.testing.assert_close(ours.module[1].weight, before + 0.1)
+    torch.testing.assert_close(theirs.module[1].weight.detach(), before + 0.19)
+    torch.testing.assert_close(ours.module.mean, torch.full((4,), 0.1))
+    assert not theirs.module.mean.any()
+
+
+def test_a_bfloat16_average_moves_in_the_mean_as_v3s():
+    model = nn.Linear(200, 200, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    ours, theirs = ModelEman(model, 0.9999), ModelEmaV3(model, 0.9999)
+    nn.init.constant_(model.weight, 1.5)
+    for _ in range(100):
+        ours.update(model)
+        theirs.update(model)
+    expected = 1.5 - 0.5 * 0.9999**100
+    for average in (ours, theirs):
+        values = average.module.weight.detach().double()
+        assert values.mean().item() == pytest.approx(expected, abs=5 * values.std().item() / 200)
+
+
+def test_a_run_resumed_from_timms_files_goes_on_to_the_bit(tmp_path):
+    """timm writes the plain network and no step: it comes in by step=."""
+    options = {"decay": 0.99, "use_warmup": True, "update_after_step": 2}
+    model = timm.create_model("test_resnet", num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model_ema, v3 = ModelEman(model, **options), ModelEmaV3(model, **options)
+    batches = torch.randn(8, 2, 3, 64, 64)
+
+    def step(number, model, optimizer, *averages):
+        optimizer.zero_grad()
+        model(batches[number - 1]).square().mean().backward()
+        optimizer.step()
+        for average in averages:
+            average.update(model, step=number)
+
+    for number in range(1, 6):
+        step(number, model, optimizer, model_ema, v3)
+    CheckpointSaver(model, optimizer, model_ema=model_ema, checkpoint_dir=str(tmp_path)).save_checkpoint(epoch=0)
+
+    path = str(tmp_path / "last.pth.tar")
+    resumed = timm.create_model("test_resnet", num_classes=10)
+    its_optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
+    its_ema = ModelEman(resumed, **options)
+    assert timm.models.resume_checkpoint(resumed, path, its_optimizer, log_info=False) == 1
+    timm.models.load_checkpoint(its_ema.module, path, use_ema=True)
+    for number in range(6, 9):
+        step(number, model, optimizer, model_ema, v3)
+        step(number, resumed, its_optimizer, its_ema)
+    assert_same_networks(resumed, model)
+    assert_same_networks(its_ema.module, model_ema.module)
+    assert_same_networks(its_ema.module, v3.module)
+    assert its_ema.step == 8
+
+
+def test_in_timms_tasks():
+    from timm.task import ClassificationTask
+
+    task = ClassificationTask(net(), nn.CrossEntropyLoss(), device=torch.device("cpu"))
+    task.trainable_module_ema = ModelEman(task.get_trainable_module(), decay=0.9)
+    for step in (1, 2):
+        train_step(task.get_trainable_module())
+        task.update_ema(step=step)
+    state = task.get_checkpoint_state(ema=True)["state_dict_ema"]
+    assert list(state) == list(task.get_checkpoint_state()["state_dict"])
+    task.load_checkpoint_state(copy.deepcopy(state), ema=True)
+    assert task.get_eval_model(ema=True).step == 2
+
+
+def test_the_average_stays_in_eval_mode_and_its_state_dict_resumes_as_a_teachers():
+    model = net()
+    model_ema = ModelEman(model)
+    assert isinstance(model_ema, EMANTeacher)
+    assert not model_ema.train().module[1].training
+    model_ema.update(model, step=40)
+    again = ModelEman(model)
+    again.load_state_dict(ModelEmaV3(model).state_dict())  # which has no step
+    assert again.step == 0
+    again.load_state_dict(model_ema.state_dict())
+    assert again.step == 40
+
+
+def _train_in_processes(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    model = net()
+    averages = {"steps": ModelEman(model, 0.9), "no steps": ModelEman(model, 0.9), "v3": ModelEmaV3(model, 0.9)}
+    student = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        student(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        for name, average in averages.items():
+            average.update(student if name != "v3" else model, step=step if name != "no steps" else None)
+    for each in (student, averages["steps"], averages["v3"]):
+        distribute_bn(each, 2, reduce=True)
+    torch.save({name: average.module.state_dict() for name, average in averages.items()}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_with_a_seed_of_each_process_the_averages_are_the_same_in_all_of_them(tmp_path):
+    """DDP gives every process the first one's weights; an average made before it follows from its own."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_train_in_processes, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = (torch.load(os.path.join(tmp_path, str(rank)), weights_only=True) for rank in range(2))
+    for name in first["steps"]:
+        assert_same_bits(first["steps"][name], second["steps"][name], name)
+        assert_same_bits(first["steps"][name], first["v3"][name], name)
+    apart = first["no steps"]["0.weight"] - second["no steps"]["0.weight"]
+    assert apart.abs().max() > 0.1, "without a copy they are apart: the reason for step="

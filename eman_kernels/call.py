@@ -22,7 +22,7 @@ class Call:
     seed: int = 0  # of stochastic rounding; below 2^32
     step: int | Tensor = 0  # likewise; a tensor is of int64
     skipped: Tensor | None = None  # int64: the number of skipped student elements is added to it
-    counts: Sequence[Callable[[], object]] = ()  # called with the first write, by interrupts.at_once
+    counts: Sequence[Callable[[], object]] = ()  # called with the last write, by interrupts.at_once
 
     def is_by_value(self) -> bool:
         """Whether no tensor is in it."""

@@ -179,9 +179,11 @@ class Plan:
                     self._check_device(name, tensor.device)
         if not self.works:
             at_once(*call.counts)
+        counts, call.counts = call.counts, ()
         for work in self.works:
+            if work is self.works[-1]:
+                call.counts = counts  # not earlier: what is counted may be read by the rest
             work.backend.run(work, call, tensors)
-            call.counts = ()
 
     def _check_device(self, name: str, device: torch.device) -> None:
         for work in self.works:

@@ -5,7 +5,7 @@ TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
 unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
 run(work, call, tensors) -> None            updates a plan.Work in place, as a plan.Call says, whose tensors lie on the
                                             work's device and are not waited for.
-                                            Calls call.counts with its first write, by interrupts.at_once.
+                                            Calls call.counts with its last write, by interrupts.at_once.
 swaps(work, tensors) -> iterator            of pieces of the work, done one after another, that exchange the values
                                             of its teachers and students: of each, the C functions to call at_once.
 

@@ -20,7 +20,6 @@ def run(work, call, tensors) -> None:
     if work.general or call.found_inf is not None or isinstance(call.momenta, torch.Tensor):
         # _foreach_lerp_ does none of these; its weight is a number.
         return reference.run(work, call, tensors)
-    at_once(*call.counts)  # several operations: what has begun counts
     weight = 1.0 - call.momenta[0]
     for (rule, teacher_dtype, student_dtype), places in work.places.items():
         teachers, students = [tensors[p.teacher] for p in places], [tensors[p.student] for p in places]
@@ -40,6 +39,7 @@ def run(work, call, tensors) -> None:
             # _foreach_lerp_ takes no mixed dtypes. One at a time: no temporary of the network's size.
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(reference.lerp(teacher, student, weight))
+    at_once(*call.counts)
 
 
 def _may_be_infinite(tensor: torch.Tensor) -> bool:

@@ -20,7 +20,8 @@ def unavailable(device_type: str) -> str | None:
 def run(work, call, tensors) -> None:
     momenta = call.momenta
     weights = 1.0 - momenta.double().reshape(-1) if isinstance(momenta, Tensor) else [1.0 - m for m in momenta]
-    for place in chain(*work.places.values()):
+    places = list(chain(*work.places.values()))
+    for place in places:
         teacher = tensors[place.teacher]
         student = tensors[place.student].to(teacher.device)
         if place.rule == "copy":
@@ -42,8 +43,7 @@ def run(work, call, tensors) -> None:
                 call.skipped += (~finite).sum() * (1 if call.found_inf is None else call.found_inf == 0)
         if call.found_inf is not None:
             new = torch.where(call.found_inf != 0, teacher, new)
-        at_once(partial(teacher.copy_, new), *call.counts)
-        call.counts = ()
+        at_once(partial(teacher.copy_, new), *(call.counts if place is places[-1] else ()))
         if place.cast is not None:
             tensors[place.cast].copy_(teacher)
 

@@ -6,7 +6,7 @@ in the student's place. ``schedules`` holds momentum as a function of the step, 
 ``available_backends()`` says what this machine can use and why not the rest.
 """
 
-from . import schedules
+from . import ops, schedules
 from .backends import available_backends
 from .functional import ema_update_, eman_update_, plan_for
 from .swap import swapped
@@ -19,6 +19,7 @@ __all__ = [
     "available_backends",
     "ema_update_",
     "eman_update_",
+    "ops",
     "plan_for",
     "schedules",
     "swapped",

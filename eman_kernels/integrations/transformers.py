@@ -15,6 +15,7 @@ Tested with transformers 5.24.0 and accelerate 1.15.0.
 
 import os
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -57,6 +58,7 @@ class EMANCallback(TrainerCallback):
         self.teacher: EMANTeacher | None = None
         self._options = {"momentum": momentum, "rounding": "stochastic"} | options
         self._handle: Any = None
+        self._exchanging = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -72,8 +74,11 @@ class EMANCallback(TrainerCallback):
         if self.evaluate_with == "teacher":
             # No event says that an evaluation begins, but it begins with model.eval().
             def train(mode: bool = True) -> nn.Module:
-                self.swap_back() if mode else self._swap(model)
-                return type(model).train(model, mode)
+                type(model).train(model, mode)
+                # An exchange calls it too, for models that keep what they have computed.
+                if not self._exchanging:
+                    self.swap_back() if mode else self._swap(model)
+                return model
 
             model.train = train
 
@@ -97,11 +102,18 @@ class EMANCallback(TrainerCallback):
     def swap_back(self) -> None:
         """Give model and average their own values back, if an evaluation has raised."""
         if self.teacher is not None and self.teacher._turn.exchange is not None:
-            self.teacher.swap_back()
+            self._exchange(self.teacher.swap_back)
 
     def _swap(self, model: nn.Module) -> None:
         if self.teacher._turn.exchange is None:
-            self.teacher.swap(model)
+            self._exchange(self.teacher.swap, model)
+
+    def _exchange(self, exchange: Callable[..., None], *model: nn.Module) -> None:
+        self._exchanging = True
+        try:
+            exchange(*model)
+        finally:
+            self._exchanging = False
 
     def _stop(self, model: nn.Module) -> None:
         model.__dict__.pop("train", None)

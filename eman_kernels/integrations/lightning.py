@@ -51,7 +51,8 @@ class EMANWeightAveraging(WeightAveraging):
         update_every_n_steps: update after optimizer steps 0, n, 2n, ..., as EMAWeightAveraging; default 1.
         update_starting_at_step: no update before this step; default: none is left out.
         device: where the average is kept; default: the model's device.
-        options: those of EMANTeacher. The default of rounding is "stochastic", of which a bf16-true model has need.
+        options: those of EMANTeacher, but dtype: it is the model's, for they are exchanged. The default of rounding is
+            "stochastic", of which a bf16-true model has need.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class EMANWeightAveraging(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._average_model = _Average(pl_module, **self._options).to(self._device or pl_module.device)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now has Lightning given the model the dtype of its precision; the two are to be exchanged.
+        average = self._average_model.module
+        for own, model in ((average.parameters(), pl_module.parameters()), (average.buffers(), pl_module.buffers())):
+            for tensor, like in zip(own, model, strict=True):
+                tensor.data = tensor.data.to(like.dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._handles = [optimizer.register_step_post_hook(self._note) for optimizer in trainer.optimizers]

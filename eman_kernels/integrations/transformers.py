@@ -5,7 +5,8 @@ from transformers import Trainer, TrainingArguments
 from eman_kernels.integrations.transformers import EMANCallback
 
 average = EMANCallback(momentum=0.999)
-trainer = Trainer(model, TrainingArguments(folder, **options), train_dataset=data, eval_dataset=data, callbacks=[average])
+arguments = TrainingArguments(folder, **options)
+trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[average])
 trainer.train()
 average.teacher.module.save_pretrained(folder + "/average")
 ```
@@ -125,6 +126,8 @@ class EMANCallback(TrainerCallback):
         paths = [os.path.join(folder, FILE) for folder in folders if isinstance(folder, str)]
         path = next(filter(os.path.exists, paths), None)
         if path is None:
-            warnings.warn(f"the average begins at the resumed model: there is no {' and no '.join(paths)}", stacklevel=2)
+            warnings.warn(
+                f"the average begins at the resumed model: there is no {' and no '.join(paths)}", stacklevel=2
+            )
         else:
             self.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -16,7 +16,9 @@ from eman_kernels import EMANTeacher  # noqa: E402
 from eman_kernels.integrations import lightning as adapter  # noqa: E402
 from eman_kernels.integrations.lightning import EMANWeightAveraging  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:(lightning|torch|pytest)", "ignore:.*LeafSpec:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:(lightning|torch|pytest)", "ignore:.*LeafSpec:FutureWarning"
+)
 
 
 class Module(lightning.LightningModule):
@@ -97,7 +99,9 @@ def test_it_follows_real_steps_as_a_teacher_does_and_lightnings_own(accumulate, 
 def test_every_and_start_are_lightnings(tmp_path):
     ours = EMANWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
     theirs = EMAWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
-    assert [k for k in range(9) if ours.should_update(k)] == [k for k in range(9) if theirs.should_update(k)] == [4, 6, 8]
+    assert (
+        [k for k in range(9) if ours.should_update(k)] == [k for k in range(9) if theirs.should_update(k)] == [4, 6, 8]
+    )
     fit(ours, Module(), tmp_path)
     assert ours._average_model.step == 2
 

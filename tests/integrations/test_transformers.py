@@ -16,17 +16,31 @@ from eman_kernels.integrations import transformers as adapter  # noqa: E402
 from eman_kernels.integrations.transformers import EMANCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:(transformers|accelerate|torch)")
-OPTIONS = {"max_steps": 6, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True,
-           "save_strategy": "no", "dataloader_pin_memory": False, "learning_rate": 0.05, "logging_strategy": "no"}  # fmt: skip
+OPTIONS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "learning_rate": 0.05,
+    "logging_strategy": "no",
+}
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
     return transformers.BertForSequenceClassification(
         transformers.BertConfig(
-            vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            vocab_size=16,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
     )
 
 

@@ -6,7 +6,7 @@ in the student's place; ``load_ema_checkpoint`` takes over another library's ave
 function of the step, and ``available_backends()`` says what this machine can use and why not the rest.
 """
 
-from . import schedules
+from . import ops, schedules
 from .backends import available_backends
 from .checkpoints import load_ema_checkpoint
 from .functional import ema_update_, eman_update_, plan_for
@@ -21,6 +21,7 @@ __all__ = [
     "ema_update_",
     "eman_update_",
     "load_ema_checkpoint",
+    "ops",
     "plan_for",
     "schedules",
     "swapped",

@@ -18,7 +18,6 @@ from .plan import Plan
 from .watch import Watch, increment_versions
 
 
-@torch.compiler.disable
 def eman_update_(
     teacher: nn.Module,
     student: nn.Module,
@@ -75,12 +74,17 @@ def eman_update_(
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
     """
+    if torch.compiler.is_compiling():
+        from . import in_graph
+
+        modes = {"backend": backend, "rounding": rounding, "seed": seed, "nonfinite": nonfinite}
+        tensors = {"found_inf": found_inf, "step": step, "skipped": skipped}
+        return in_graph.eman_update_(teacher, student, momentum, rules or {}, buffers, **tensors, **modes)
     check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
     update_networks([teacher], student, call, update_options(rules, buffers, backend, rounding, nonfinite))
 
 
-@torch.compiler.disable
 def ema_update_(
     teacher_tensors: Sequence[Tensor],
     student_tensors: Sequence[Tensor],
@@ -104,23 +108,44 @@ def ema_update_(
         student_tensors: as many tensors of the same shapes.
         momentum and all others: as in ``eman_update_``; so are the errors.
     """
+    if torch.compiler.is_compiling():
+        from . import in_graph
+
+        modes = {"backend": backend, "rounding": rounding, "seed": seed, "nonfinite": nonfinite}
+        tensors = {"found_inf": found_inf, "step": step, "skipped": skipped}
+        return in_graph.ema_update_(teacher_tensors, student_tensors, momentum, **tensors, **modes)
     check_modes(rounding, seed, step is not None, nonfinite)
     call = call_of([momentum], found_inf, seed, step, skipped)
-    options = (backends.requested(backend), rounding, nonfinite)
     teachers = _listed("teacher_tensors", teacher_tensors)
     students = _listed("student_tensors", student_tensors)
+    update_lists(teachers, students, call, backend, rounding, nonfinite)
+
+
+def update_lists(
+    teachers: list[Tensor],
+    students: list[Tensor],
+    call: Call,
+    backend: str | None,
+    rounding: Rounding,
+    nonfinite: Nonfinite,
+    copied: Sequence[bool] | None = None,
+) -> None:
+    """Let tensors follow others by position. copied: which are copied that could be averaged; default: none."""
     if not teachers and not students:
         return
+    options = (backends.requested(backend), rounding, nonfinite)
+    copied = tuple(copied) if copied is not None and any(copied) else ()
     check_lengths(teachers, students)
     known = known_lists(teachers, students)
     roots = [teachers, students]
-    found = known.find(options, roots)
+    found = known.find((*options, copied), roots)
     if found is None:
         _check_tensors("teacher_tensors", teachers)
         _check_tensors("student_tensors", students)
         watch = Watch(roots)
         tensors = watch.look(roots)
-        found = Followed(options, watch, _plan(pair_lists(teachers, students), tensors, *options)), tensors
+        plan = _plan(pair_lists(teachers, students, copied), tensors, *options)
+        found = Followed((*options, copied), watch, plan), tensors
         known.add(found[0])
     followed, tensors = found
     plan = followed.plan

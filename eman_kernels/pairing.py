@@ -1,7 +1,7 @@
 """Which teacher tensor follows which student tensor, and by which rule. Names only: no address is looked at here."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -195,10 +195,10 @@ def check_lengths(teacher: list[Tensor], student: list[Tensor]) -> None:
         raise ValueError(f"{len(teacher)} teacher tensors and {len(student)} student tensors: they must be as many")
 
 
-def pair_lists(teacher: list[Tensor], student: list[Tensor]) -> list[Pair]:
-    """Pair two lists of one length by position, each tensor by its default rule."""
-    both = enumerate(zip(teacher, student, strict=True))
-    pairs = [Pair(f"teacher_tensors[{i}]", t, s, default_rule(t)) for i, (t, s) in both]
+def pair_lists(teacher: list[Tensor], student: list[Tensor], copied: Sequence[bool] = ()) -> list[Pair]:
+    """Pair two lists of one length by position, each tensor by its default rule, or copied where `copied` says so."""
+    all_three = enumerate(zip(teacher, student, copied or [False] * len(teacher), strict=True))
+    pairs = [Pair(f"teacher_tensors[{i}]", t, s, "copy" if c else default_rule(t)) for i, (t, s, c) in all_three]
     if all(isinstance(tensor, nn.Parameter) for tensor in student):
         check_order(teacher, student, "ema_update_(teacher_tensors, student_tensors, momentum)")
     check(pairs)

@@ -9,8 +9,7 @@ momentum keeps them there for long, and the teacher is useless meanwhile. WarmUp
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,19 +88,16 @@ class PowerFunction:
     """
 
     sigma_rel: float
+    gamma: float = field(init=False, repr=False, compare=False)  # the exponent that has this spread
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_rel < _spread(0.0):
             raise ValueError(f"sigma_rel must be in (0, {_spread(0.0):.4f}), and is {self.sigma_rel}")
-
-    @cached_property
-    def gamma(self) -> float:
-        """The exponent that has this spread."""
         low, high = 0.0, 1 / self.sigma_rel  # the spread falls with gamma, and stays below 1 / gamma
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if _spread(middle) > self.sigma_rel else (low, middle)
-        return high
+        object.__setattr__(self, "gamma", high)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)

@@ -150,17 +150,26 @@ class Exchange:
 class Swapped:
     """The context manager that ``swapped`` returns. Also left when it is dropped."""
 
+    _exchange: Exchange | None = None  # torch.compile makes, and drops, an object that __init__ has not seen
+
     def __init__(self, exchange: Callable[[], Exchange]) -> None:
         self._make = exchange
-        self._exchange: Exchange | None = None
 
     def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            from . import in_graph
+
+            return in_graph.outside(self.__enter__)
         self._exchange = self._make()
         self._exchange.enter()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if torch.compiler.is_compiling():
+            from . import in_graph
+
+            return in_graph.outside(self.__exit__, kind, error, traceback)
         try:
             lost = self._exchange.leave()
         except BaseException:

@@ -12,12 +12,15 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from .backends import requested
 from .call import Nonfinite, Rounding, as_found_inf, as_momentum, call_of, check_modes
 from .copying import adopted, copied
+from .follow import follow
 from .functional import update_networks, update_options
 from .low_precision import LowPrecision, check_cast, narrowed
 from .pairing import Rule, check_rules
@@ -125,7 +128,6 @@ class EMANTeacher(nn.Module):
         self._turn = Turn()
         self.eval()
 
-    @torch.compiler.disable
     def update(
         self,
         student: nn.Module | None = None,
@@ -141,8 +143,34 @@ class EMANTeacher(nn.Module):
             found_inf: GradScaler's tensor, or any of one element: where it is not 0, the teacher and its step stay as
                 they are. On a GPU nothing waits for it; the step then lies on the device as well.
         """
+        if torch.compiler.is_compiling():
+            from . import in_graph
+
+            return in_graph.update((self,), student, momentum, found_inf)
         with self._turn.lock:
             _update((self,), student, momentum, found_inf)
+
+    def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
+        """Call ``update(student)`` after each step that the optimizer really makes: with gradient accumulation, and
+        with GradScaler, which leaves some out.
+
+        A step that a fused optimizer leaves out on the device, its ``found_inf`` says, which goes to the kernel:
+        nothing waits for it. An optimizer that accelerate, Lightning or Fabric has wrapped is looked through.
+
+        Args:
+            optimizer: the one whose steps count; where there are several, the one that is stepped last.
+            student: as in ``update``.
+            every: update after each of so many real steps; default 1.
+            start: make no update after the first so many; default 0. Training that is resumed, with a teacher that
+                has been updated before, does not wait again.
+
+        Returns:
+            A handle, whose ``remove()`` ends it.
+
+        Raises:
+            ValueError: every is below 1, or start below 0. TypeError: the optimizer is none.
+        """
+        return follow(self, optimizer, student, every, start)
 
     @property
     def step(self) -> int:
@@ -297,9 +325,9 @@ class EMANTeacher(nn.Module):
         first = next(_named_tensors(self.module), None)
         return torch.device("cpu") if first is None else first[1].device
 
-    def _prepare(self, found_inf: Tensor | None) -> None:
+    def _prepare(self, found_inf_on_device: bool) -> None:
         """Bring the step, and the counter of skipped elements, to where the kernels read and write them."""
-        on_device = self.capturable or (found_inf is not None and found_inf.device.type != "cpu")
+        on_device = self.capturable or found_inf_on_device
         counts = self.nonfinite == "skip"
         if not (on_device or counts or callable(self.momentum) or self.rounding == "stochastic"):
             return
@@ -344,10 +372,17 @@ class EMANTeachers(nn.Module):
             raise ValueError(f"momenta must be 1 to {MAX_TEACHERS}, and are {len(momenta)}")
         self.teachers = nn.ModuleList(EMANTeacher(student, momentum, **options) for momentum in momenta)
 
-    @torch.compiler.disable
     def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
         """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
+        if torch.compiler.is_compiling():
+            from . import in_graph
+
+            return in_graph.update(list(self.teachers), student, None, found_inf)
         _update_locked(list(self.teachers), student, found_inf)
+
+    def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
+        """``EMANTeacher.follow`` for all teachers."""
+        return follow(self, optimizer, student, every, start)
 
     @property
     def skipped(self) -> Tensor | None:
@@ -399,13 +434,10 @@ def _update(
         found_inf = as_found_inf(found_inf)
     networks, momenta, counts = [], [], []
     for teacher in teachers:
-        if teacher._turn.exchange is not None:
-            raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
-        if teacher._turn.unrestored:
-            raise RuntimeError(f"{teacher._turn.unrestored}\nload_state_dict() makes the teacher whole again")
+        check_turn(teacher)
         if teacher is not first:
             _check_shared(first, teacher)
-        teacher._prepare(found_inf)
+        teacher._prepare(found_inf is not None and found_inf.device.type != "cpu")
         networks.append(teacher.module)
         momenta.append(_momentum(teacher) if momentum is None else momentum)
         counts.append(_count(teacher, found_inf))
@@ -413,13 +445,20 @@ def _update(
     # A copy that no forward has asked for yet need not be written along.
     if first.cast is not None and any(teacher._copy is not None for teacher in teachers):
         copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
-    step = first._step if first.rounding == "stochastic" else None
+    step = _known_step(first) if first.rounding == "stochastic" else None
     call = call_of(momenta, found_inf, first.seed, step, first.skipped, counts)
     options = update_options(first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite)
     update_networks(networks, student, call, options, copies)
     for teacher in teachers:
         if teacher._student is None or teacher._student() is not student:
             teacher._student = ref(student)
+
+
+def check_turn(teacher: EMANTeacher) -> None:
+    if teacher._turn.exchange is not None:
+        raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
+    if teacher._turn.unrestored:
+        raise RuntimeError(f"{teacher._turn.unrestored}\nload_state_dict() makes the teacher whole again")
 
 
 def _check_shared(first: EMANTeacher, teacher: EMANTeacher) -> None:
@@ -448,8 +487,15 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _momentum(teacher: EMANTeacher) -> float | Tensor:
     if not callable(teacher.momentum):
         return teacher.momentum
+    step = _known_step(teacher)
     # In double, because 1 - m of a float32 m is three digits short.
-    return teacher.momentum(teacher._step.double() if isinstance(teacher._step, Tensor) else teacher._step)
+    return teacher.momentum(step.double() if isinstance(step, Tensor) else step)
+
+
+def _known_step(teacher: EMANTeacher) -> int | Tensor:
+    """A number where the host has it: a compiled graph has put it into a tensor there."""
+    step = teacher._step
+    return int(step) if isinstance(step, Tensor) and step.device.type == "cpu" and not teacher.capturable else step
 
 
 def _counter(number: int | Tensor, device: torch.device) -> Tensor:

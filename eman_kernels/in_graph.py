@@ -1,0 +1,125 @@
+"""What takes the functions' place while torch.compile or torch.export traces them: ``torch.ops.eman_kernels`` in the
+graph, with nothing done by Python in a step.
+
+Imported only then: torch._dynamo is here anyway, and ``import eman_kernels`` does without it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from .caches import caching_modules, renew
+from .pairing import Rule, check_order, named_tensors, pair_modules
+from .teacher import EMANTeacher, check_turn
+
+
+@torch.compiler.disable
+def outside(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call as it is, outside of the graph, which breaks here."""
+    return function(*args, **kwargs)
+
+
+def ema_update_(
+    teachers: Sequence[Tensor],
+    students: Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    found_inf: Tensor | None = None,
+    step: int | Tensor | None = None,
+    **others: Any,
+) -> None:
+    """The operator, with numbers put into tensors: they can be others in the graph's next run."""
+    with torch.no_grad():
+        torch.ops.eman_kernels.ema_update_(
+            list(teachers),
+            list(students),
+            _in_tensor(momentum, torch.float64),
+            found_inf=found_inf,
+            step=None if step is None else _in_tensor(step, torch.int64),
+            **others,
+        )
+
+
+def eman_update_(
+    teacher: nn.Module,
+    student: nn.Module,
+    momentum: float | Tensor,
+    rules: Mapping[str, Rule],
+    buffers: Rule,
+    **others: Any,
+) -> None:
+    # Walked by the trace, which will then notice a tensor or a layer that has come or gone.
+    teachers, students = named_tensors(teacher), named_tensors(student)
+    names, copied, caching = _pairs(teacher, student, tuple(rules.items()), buffers)
+    ema_update_(
+        [teachers[name] for name in names], [students[name] for name in names], momentum, copied=copied, **others
+    )
+    if caching:
+        outside(_renew, teacher)
+
+
+def update(
+    teachers: Sequence[EMANTeacher],
+    student: nn.Module | None,
+    momentum: float | Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """EMANTeacher.update and EMANTeachers.update; the student is read once for each teacher."""
+    student = teachers[0]._followed(student)
+    for teacher in teachers:
+        check_turn(teacher)
+        _prepare(teacher, found_inf is not None and found_inf.device.type != "cpu")
+        teacher._student = ref(student)
+        step = teacher._step
+        by_step = teacher.momentum(step.double()) if callable(teacher.momentum) else teacher.momentum
+        eman_update_(
+            teacher.module,
+            student,
+            by_step if momentum is None else momentum,
+            teacher.rules,
+            teacher.buffer_rule,
+            backend=teacher.backend,
+            found_inf=found_inf,
+            rounding=teacher.rounding,
+            seed=teacher.seed,
+            step=step if teacher.rounding == "stochastic" else None,
+            nonfinite=teacher.nonfinite,
+            skipped=teacher.skipped,
+        )
+        with torch.no_grad():
+            step += 1 if found_inf is None else found_inf.reshape(()).to(step.device) == 0
+
+
+def _renew(teacher: nn.Module) -> None:
+    renew(caching_modules(teacher))
+
+
+def _in_tensor(number: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device="cpu")
+
+
+@torch.compiler.assume_constant_result
+def _pairs(
+    teacher: nn.Module, student: nn.Module, rules: tuple[tuple[str, Rule], ...], buffers: Rule
+) -> tuple[tuple[str, ...], tuple[bool, ...], bool]:
+    """The names of the tensors that are updated, which of them are copied, and whether modules of the teacher keep what
+    they have computed from them; found when the graph is made."""
+    check_order([*teacher.parameters()], [*student.parameters()], "eman_update_(teacher, student, momentum)")
+    pairs = pair_modules(teacher, student, dict(rules), buffers)
+    return (
+        tuple(pair.name for pair in pairs),
+        tuple(pair.rule == "copy" for pair in pairs),
+        bool(caching_modules(teacher)),
+    )
+
+
+@torch.compiler.assume_constant_result
+def _prepare(teacher: EMANTeacher, on_device: bool) -> None:
+    """When the graph is made: the step lies in a tensor from now on. A number would be a constant of the graph."""
+    teacher._prepare(on_device)
+    if not isinstance(teacher._step, Tensor):
+        with torch.inference_mode(False):
+            teacher._step = torch.full((), teacher._step, dtype=torch.int64, device="cpu")

@@ -1,0 +1,149 @@
+"""EMANWeightAveraging in Lightning's own Trainer, beside EMAWeightAveraging."""
+
+import re
+
+import pytest
+import torch
+from conftest import assert_same_bits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
+
+from eman_kernels import EMANTeacher  # noqa: E402
+from eman_kernels.integrations import lightning as adapter  # noqa: E402
+from eman_kernels.integrations.lightning import EMANWeightAveraging  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:(lightning|torch|pytest)", "ignore:.*LeafSpec:FutureWarning"
+)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.fails = fails
+        self.validated: list[Tensor] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return self.net(batch.to(self.net[0].weight.dtype)).square().mean()
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.validated.append(self.net[0].weight.detach().clone())
+        if self.fails:
+            raise ArithmeticError
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches() -> DataLoader:
+    return DataLoader(torch.randn(32, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
+
+
+def fit(callback: lightning.Callback, module: Module, folder: object, path: str | None = None, **options: object):
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0} | options
+    trainer = lightning.Trainer(
+        accelerator="cpu", callbacks=callback, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, **options,
+    )  # fmt: skip
+    trainer.fit(module, batches(), batches(), ckpt_path=path, weights_only=False if path else None)
+    return trainer
+
+
+def test_the_example_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", adapter.__doc__, re.S)
+    options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "default_root_dir": tmp_path}
+    names = {"model": Module(), "batches": batches(), "options": options | {"enable_progress_bar": False}}
+    exec(example, names)
+    (callback,) = [c for c in names["trainer"].callbacks if isinstance(c, EMANWeightAveraging)]
+    assert callback._average_model.step == 8
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_it_follows_real_steps_as_a_teacher_does_and_lightnings_own(accumulate, tmp_path):
+    expected, seen = [], []
+
+    class Beside(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if not expected:
+                expected.append(EMANTeacher(begin, 0.9))
+            if trainer.global_step > len(seen):
+                seen.append(trainer.global_step)
+                expected[0].update(module.net)
+
+    module = Module()
+    begin = Module().net
+    callback = EMANWeightAveraging(momentum=0.9)
+    fit([callback, Beside()], module, tmp_path, accumulate_grad_batches=accumulate)
+    assert callback._average_model.step == len(seen) == {1: 8, 3: 3}[accumulate]
+    for name, tensor in expected[0].module.state_dict().items():
+        assert_same_bits(callback._average_model.module.net.state_dict()[name], tensor, name)
+        assert_same_bits(module.net.state_dict()[name], tensor, name)  # at the end the model is the average
+    # Lightning's copies in its first update, so that the two come together.
+    own = EMAWeightAveraging(decay=0.9)
+    fit(own, Module(), tmp_path, accumulate_grad_batches=accumulate)
+    theirs = own._average_model.module.net.state_dict()
+    zero_first = EMANWeightAveraging(momentum=lambda step: 0.0 if step == 0 else 0.9)
+    fit(zero_first, Module(), tmp_path, accumulate_grad_batches=accumulate)
+    for name, tensor in zero_first._average_model.module.net.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    assert zero_first._average_model.module.net[1].num_batches_tracked == 8
+
+
+def test_every_and_start_are_lightnings(tmp_path):
+    ours = EMANWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
+    theirs = EMAWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
+    assert (
+        [k for k in range(9) if ours.should_update(k)] == [k for k in range(9) if theirs.should_update(k)] == [4, 6, 8]
+    )
+    fit(ours, Module(), tmp_path)
+    assert ours._average_model.step == 2
+
+
+def test_validation_is_of_the_average_and_one_that_raises_leaves_nothing_exchanged(tmp_path):
+    module, callback = Module(), EMANWeightAveraging(momentum=1.0)
+    begin = module.net[0].weight.detach().clone()
+    fit(callback, module, tmp_path)
+    assert_same_bits(module.validated[0], begin)
+    module, callback = Module(fails=True), EMANWeightAveraging(momentum=1.0)
+    with pytest.raises(ArithmeticError):
+        fit(callback, module, tmp_path)
+    assert_same_bits(callback._average_model.module.net[0].weight, begin)
+    assert not torch.equal(module.net[0].weight, begin)
+
+
+@pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0)], ids=["resume", "to Lightning's", "from Lightning's"])
+def test_checkpoints_go_both_ways(kinds, tmp_path):
+    make = [lambda: EMANWeightAveraging(momentum=0.9), lambda: EMAWeightAveraging(decay=0.9)]
+    callback = make[kinds[0]]()
+    trainer = fit(callback, Module(), tmp_path)
+    path = trainer.checkpoint_callback.best_model_path
+    saved = torch.load(path, weights_only=False)
+    module, resumed = Module(), make[kinds[1]]()
+    fit(resumed, module, tmp_path, path, max_epochs=2)
+    steps = [getattr(average, "step", getattr(average, "n_averaged", None)) for average in (resumed._average_model,)]
+    assert int(steps[0]) == 16
+    plain = Module()
+    plain.load_state_dict(saved["state_dict"])
+    assert not torch.equal(saved["current_model_state"]["net.0.weight"], saved["state_dict"]["net.0.weight"])
+    if kinds == (0, 0):
+        whole = make[0]()
+        fit(whole, Module(), tmp_path, max_epochs=2)
+        for name, tensor in whole._average_model.state_dict().items():
+            assert_same_bits(resumed._average_model.state_dict()[name], tensor, name)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16(precision, tmp_path):
+    module, callback = Module(), EMANWeightAveraging(momentum=0.99)
+    begin = module.net[0].weight.detach().clone()
+    fit(callback, module, tmp_path, precision=precision)
+    average = callback._average_model.module.net[0].weight
+    assert average.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert not torch.equal(average.float(), begin.to(average.dtype).float())

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import torchvision
-from conftest import assert_same_bits, exchange, lerp
+from conftest import assert_same_bits, exchange, lerp, no_waiting, profiled, refused_in_a_capture
 from torch import nn
 
 import eman_kernels
@@ -78,11 +78,8 @@ def test_it_runs_on_the_current_stream_and_does_not_wait(backend):
 def test_no_synchronising_call(backend):
     teacher, student = pair()
     ema_update_([teacher], [student], 0.5, backend=backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         ema_update_([teacher], [student], 0.5, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
@@ -144,7 +141,7 @@ def test_a_captured_graph_replays_with_a_schedule(backend):
 def launches(run):
     """The names of what ran on the device."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profiled(torch.profiler.ProfilerActivity.CUDA) as profile:
         run()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -189,13 +186,10 @@ def test_found_inf_is_not_waited_for(backend):
         student[0].weight += 1
     before = teacher.module[0].weight.clone()
     found_inf.fill_(1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.cuda._sleep(SLEEP)
         teacher.update(student, found_inf=found_inf)
         assert not torch.cuda.current_stream().query(), "update() waited for the device"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(teacher.module[0].weight, before)
     assert teacher.step == 1
     found_inf.zero_()
@@ -229,12 +223,12 @@ def test_what_a_captured_graph_would_repeat_is_refused(backend):
     for options in ({"momentum": schedules.WarmUp(0.9)}, {"rounding": "stochastic", "dtype": torch.bfloat16}):
         teacher = EMANTeacher(student, backend=backend, **options)
         teacher.update(student)
-        with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with refused_in_a_capture("capturable=True"):
             teacher.update(student)
     teacher = EMANTeacher(student, momentum=0.9, backend=backend)
     found_inf = torch.zeros((), device="cuda")
     teacher.update(student)
-    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with refused_in_a_capture("before the capture"):
         teacher.update(student, found_inf=found_inf)
 
 
@@ -250,9 +244,7 @@ def test_a_momentum_on_another_device_than_the_teacher(backend):
 @pytest.mark.cuda
 def test_a_plan_is_not_made_during_capture(backend):
     teacher, student = pair()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), torch.cuda.graph(graph):
+    with refused_in_a_capture("before a CUDA graph is captured"):
         ema_update_([teacher], [student], 0.5, backend=backend)
 
 

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned
+from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned, profiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -88,7 +88,7 @@ def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
     teacher, student = torch.zeros(10_000_000), torch.ones(10_000_000)
     ema_update_([teacher], [student], 0.5)
     tracemalloc.start()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with profiled(torch.profiler.ProfilerActivity.CPU, profile_memory=True) as profile:
         ema_update_([teacher], [student], 0.5)
     tracemalloc.stop()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())

@@ -9,6 +9,7 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import exchange
@@ -24,7 +25,6 @@ if backend.missing:
     pytest.skip(backend.missing, allow_module_level=True)
 
 
-@pytest.mark.skipif(VERSION < (3, 9), reason=f"the interpreter of triton {triton.__version__} rounds an fma twice")
 @pytest.mark.parametrize(
     ("file", "tests"),
     [
@@ -45,13 +45,15 @@ if backend.missing:
 )
 def test_interpreted(file, tests):
     """The tests of the backends once more, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", HERE / file]
     done = subprocess.run(
         [*command, "-k", "triton-interpreted"],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
+    if VERSION < (3, 8) and "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not run with numpy {np.__version__}")
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(rf"^{tests} passed, (\d+ skipped, )?\d+ deselected", done.stdout, re.M), done.stdout[-500:]
 

@@ -49,8 +49,6 @@ INTERPRETED = [
 ] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
-
-
 def _interpret_an_fma_as_one() -> None:
     """Triton's interpreter before 3.9 rounds an fma's product: give it the C library's."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -73,6 +73,7 @@ def slices(tensors):
 
 def python_work(update):
     """Calls and bytecode instructions of one call, in Python's own count."""
+
     def trace(frame, event, argument):
         frame.f_trace_opcodes = True
         seen[event] += 1

@@ -82,7 +82,6 @@ PYBIND11_MODULE(_C, m) {
 
   // For the test that plan.py writes what chunk.h declares.
   m.attr("chunk_bytes") = sizeof(eman::Chunk);
-  m.attr("chunk_size") = eman::kChunkSize;
   m.attr("max_teachers") = eman::kMaxTeachers;
   py::dict codes;
 #define EMAN_CODE(CODE, T, S) codes[#T "<-" #S] = CODE;

@@ -1,7 +1,10 @@
 """What only a GPU shows: streams, devices, synchronisation, graphs, launches. The bits are in test_backends.py."""
 
+import contextlib
 import copy
+import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -341,6 +344,7 @@ class Table:
 def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
     extension, table = Calls(), Table()
     stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 76 + index, raising=False)
     monkeypatch.setattr(cuda, "C", extension)
     monkeypatch.setattr(backends.extension, "C", extension)
     monkeypatch.setattr(plan, "_captured_tables", kept := [])
@@ -370,8 +374,111 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
         ("update_cuda", (4096, [0.0] * 5, momenta | options | {"step": 4}), 1, True, 1, 77),
         ("update_cuda", (4096, [0.5] * 5, options | addresses), 1, True, 1, 77),
     ]  # fmt: skip
-    assert table.streams == ([] if capturing else 6 * [stream])
-    assert len(kept) == 6 * capturing
+    # Once each: the allocator asks the stream when the memory goes, and a captured table's never does.
+    assert table.streams == ([] if capturing else 2 * [stream])
+    assert kept == ([table, table] if capturing else [])
+
+
+def test_what_a_step_calls(monkeypatch):
+    """By Python's own count: nothing that makes a stream's object, waits, or asks what a step need not know."""
+    handle, capturing, extension, table = 0, False, Calls(), Table()
+    monkeypatch.setattr(cuda, "C", extension)
+    monkeypatch.setattr(backends.extension, "C", extension)
+    monkeypatch.setattr(plan, "_captured_tables", kept := [])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: handle, raising=False)
+
+    def stream_object(device):
+        return handle
+
+    def is_current_stream_capturing():
+        return capturing
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_object)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_current_stream_capturing)
+    work = plan.Work(torch.device("cuda", 0), reference, [], {})
+    work.table, work.n_pieces, work.streams = table, len(table), {0}  # as if made on the default stream
+
+    def step():
+        seen = []
+
+        def profile(frame, event, argument):
+            if event in ("call", "c_call"):
+                seen.append(argument.__name__ if event == "c_call" else frame.f_code.co_name)
+
+        call = plan.Call([0.5])
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            cuda.run(work, call, [])
+        finally:
+            sys.setprofile(before)
+        return len([name for name in seen if name not in ("__getattr__", "append", "setprofile")]), seen
+
+    steady, seen = step()
+    assert steady <= 9, seen
+    assert not {"stream_object", "record_stream", "is_current_stream_capturing"} & set(seen)
+    handle = 5
+    first, again = step()[1], step()[1]
+    assert {"stream_object", "record_stream", "is_current_stream_capturing"} <= set(first)
+    assert not {"stream_object", "record_stream"} & set(again)
+    assert table.streams == [5]
+    capturing = True
+    step(), step()
+    assert kept == [table]
+    capturing = False
+    assert step()[0] == steady
+
+
+@pytest.mark.parametrize("left_by", [None, KeyError])
+def test_nothing_stays_forbidden(monkeypatch, left_by):
+    """The first call of the mode warns, and warnings are errors; an exception within ends it too."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature and does not detect all", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with contextlib.suppress(KeyError), no_waiting():
+        assert modes == ["error"]
+        if left_by:
+            raise left_by
+    assert modes == ["error", "default"]
+
+    def fail(mode):
+        modes.append(mode)
+        if mode == "error":
+            raise RuntimeError
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", fail)
+    with pytest.raises(RuntimeError), no_waiting():
+        pass
+    assert modes[2:] == ["error", "default"]
+
+
+def test_a_refusal_leaves_no_capture_behind(monkeypatch):
+    """Neither an exception nor an empty graph reaches the end of torch's context."""
+    captured, ended = [], []
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, kind, *rest):
+            ended.append((kind, len(captured)))
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "_sleep", captured.append)
+    with refused_in_a_capture("before the capture"):
+        raise RuntimeError("update() once before the capture")
+    with pytest.raises(pytest.fail.Exception), refused_in_a_capture("before"):
+        pass
+    assert ended[0] == (None, 1)
 
 
 def test_why_the_cuda_backend_cannot(monkeypatch):

@@ -48,7 +48,7 @@ def chunk_size(numel: int, multiprocessors: int | None) -> int:
     256 threads takes 1,024 float32 elements a round, so that 16,384 are 16 rounds of about a microsecond in turn, where
     memory would need 6 for all of WideResNet-28-2. A block has 8 KB in flight and an H100's SM needs 18 KB (3.35 TB/s
     for 700 ns, over 132 SMs): with 4 chunks for each SM, no bandwidth is lost. 1.5 M elements then take 6.8 us by that
-    model and not 12.1; from 8.7 M on nothing changes. A power of two, so that a tensor's chunks are aligned as its first.
+    model and not 12.1; from 8.7 M on nothing changes. A power of two: a tensor's chunks are aligned as its first.
     """
     if multiprocessors is None:
         return CHUNK_SIZE
@@ -296,9 +296,7 @@ def _tried(bundle: list[Pair], n_teachers: int, *options: bool) -> str | None:
     return None
 
 
-def table(
-    pairs: Sequence[Pair], n_teachers: int = 1, skip_nonfinite: bool = False, chunk: int = CHUNK_SIZE
-) -> Tensor:
+def table(pairs: Sequence[Pair], n_teachers: int = 1, skip_nonfinite: bool = False, chunk: int = CHUNK_SIZE) -> Tensor:
     """The chunk records, int64 [n_pieces * n_teachers, 4]; csrc/chunk.h says what they hold. A full one has `chunk`
     elements.
 

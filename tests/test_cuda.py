@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-import torchvision
 from conftest import assert_same_bits, exchange, lerp, no_waiting, profiled, refused_in_a_capture
 from torch import nn
 
@@ -38,13 +37,18 @@ def backend(request):
     return request.param
 
 
+def resnet(depth):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: pip install '.[test]'")
+    return getattr(torchvision.models, f"resnet{depth}")()
+
+
 def pair(elements=100_003, device="cuda"):
     return torch.randn(elements, device=device), torch.randn(elements, device=device)
 
 
 @pytest.mark.cuda
 def test_a_whole_resnet_in_one_launch(backend):
-    student = torchvision.models.resnet50().cuda()
+    student = resnet(50).cuda()
     teacher = EMANTeacher(student, momentum=0.99, backend=backend)
     student.train()(torch.randn(4, 3, 64, 64, device="cuda"))
     with torch.no_grad():
@@ -155,7 +159,7 @@ def launches(run):
     "options", [{"rounding": "stochastic", "dtype": torch.bfloat16}, {"cast": torch.bfloat16}, {"nonfinite": "skip"}]
 )
 def test_one_launch_whatever_the_options(backend, options):
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teacher = EMANTeacher(student, momentum=0.9, backend=backend, **options)
     teacher.update(student)
     names = launches(teacher.update)
@@ -166,7 +170,7 @@ def test_one_launch_whatever_the_options(backend, options):
 
 @pytest.mark.cuda
 def test_one_launch_for_several_teachers_and_for_a_swap(backend):
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teachers = EMANTeachers(student, [0.9, 0.99, 0.999], backend=backend)
     teachers.update(student)
     assert len(launches(teachers.update)) == 1
@@ -269,7 +273,7 @@ def test_both_backends_give_the_same_bits():
     for name in ("cuda", "triton"):
         if reason := eman_kernels.available_backends()[name]:
             pytest.skip(f"backend {name}: {reason}")
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teachers = [EMANTeacher(student, 0.9, backend=name) for name in ("cuda", "triton")]
     for _ in range(20):
         with torch.no_grad():

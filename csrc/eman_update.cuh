@@ -17,8 +17,8 @@ namespace eman {
 #endif
 constexpr int kThreads = EMAN_THREADS;
 // The pairs of vectors that a thread of the plain kernel loads before it stores the first. With one, the 8 blocks of an
-// SM have 64 KB in flight, where 18 KB keep the memory of an H100 busy (3.35 TB/s for 700 ns, over 132 SMs); two take 38
-// to 43 registers, which leave room for 5 or 6 blocks.
+// SM have 64 KB in flight, where 18 KB keep the memory of an H100 busy (3.35 TB/s for 700 ns, over 132 SMs); two take
+// 38 to 43 registers, which leave room for 5 or 6 blocks.
 constexpr int kInFlight = EMAN_IN_FLIGHT;
 
 struct alignas(16) Words {

@@ -1,5 +1,5 @@
-// The launches of csrc/eman_update.cu with a stand-in for the CUDA runtime that keeps its last error as the real one does.
-// Prints what each attempt gave; tests/test_host_kernel.py compares it.
+// The launches of csrc/eman_update.cu with a stand-in for the CUDA runtime that keeps its last error as the real one
+// does. Prints what each attempt gave; tests/test_host_kernel.py compares it.
 #include <cstdint>
 #include <cstdio>
 #include <exception>

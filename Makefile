@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench report methods lint clean
+.PHONY: test bench report methods gpu lint clean
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -16,6 +16,10 @@ report: .venv/.installed
 
 methods: .venv/.installed
 	$(BIN)/python benchmarks/methods/study.py --short $(METHODS_ARGS)
+
+# No virtual environment and nothing downloaded: PYTHON is one that has torch, as containers and clusters do.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from growth import around_the_kernel
 from models import DTYPES, MODELS, pair
-from report import methods_for
+from report import methods_for, only
 from tables import title, update_table
 from timing import machine, measure
 
@@ -45,14 +45,14 @@ def main() -> None:
     rows = []
     for model in arguments.model:
         for dtype in arguments.dtype:
-            methods = methods_for(device, dtype)
-            if arguments.method:
-                methods = {m: how for m, how in methods.items() if any(part in m for part in arguments.method)}
+            methods = only(methods_for(device, dtype), arguments.method)
             for count in threads:
                 measured = [
                     described | asdict(row) for row in measure(model, dtype, device, count, arguments.rounds, methods)
                 ]
                 rows += measured
+                if arguments.json:  # as it goes: what comes later may fail
+                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
                 print(f"\n### {title(model, dtype, count, measured)}\n\n{update_table(measured)}")
         around = around_the_kernel(*pair(model, "float32", device), arguments.rounds)
         print(
@@ -61,7 +61,6 @@ def main() -> None:
             f"its table {around['table_bytes']:,} bytes"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
         print(f"\nwritten: {arguments.json}")
 
 

@@ -81,7 +81,8 @@ def counts(update, plan: Plan | None) -> Counts:
 def launches(update) -> int:
     """Kernels and copies that a call puts on the GPU, by torch's profiler."""
     activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiled:
+    # Without acc_events some versions warn that it forgets.
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA], acc_events=True) as profiled:
         update()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())

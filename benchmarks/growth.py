@@ -5,12 +5,14 @@ All methods but timm's, which makes a copy of its own, update one teacher in tur
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from models import Slices
-from timing import CACHE_BYTES, MOMENTUM, Row, admit, pin_the_heap, take
+from timing import MOMENTUM, Row, admit, empty, nothing_cached, pin_the_heap, said, take
 from torch import Tensor, nn
 from updates import LIMIT, LOOP, OURS, Method, Update
 
@@ -27,12 +29,12 @@ COMPARED = (LOOP, "foreach, lists kept", "timm ModelEmaV3")
 def host_times(update: Update, plan: Plan, rounds: int, label: str) -> dict[str, float]:
     """Microseconds of an update by this plan with the kernel left out, in a warm and in a cold cache."""
     plan.run = lambda call, tensors: None
-    cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8)
+    cache = nothing_cached(torch.device("cpu"))
     times: dict[str, list[float]] = {f"{label}_warm_us": [], f"{label}_cold_us": []}
     for state, samples in times.items():
         for _ in range(max(rounds, 20)):
             if state.endswith("cold_us"):
-                cache.add_(1)
+                empty(cache)
             begin = time.perf_counter()
             update()
             samples.append(1e6 * (time.perf_counter() - begin))
@@ -79,7 +81,7 @@ def free_bytes(device: torch.device) -> int:
 @torch.no_grad()
 def point(
     kind: str, elements: int, tensors: int, device: torch.device, rounds: int, methods: dict[str, Method | str]
-) -> list[Row]:
+) -> list[dict]:
     """One size: `kind` says what grows."""
     threads = torch.get_num_threads()
     needed = 20 * elements  # teacher, student, timm's copy, the gate's, and some room
@@ -88,7 +90,7 @@ def point(
     pin_the_heap()
     if needed > free_bytes(device):
         rows[LIMIT].why_not = f"needs {needed / 1e9:.0f} GB of free memory"
-        return list(rows.values())
+        return [*map(asdict, rows.values())]
     torch.manual_seed(0)
     teacher, student = Slices(elements, tensors, device), Slices(elements, tensors, device)
     flat: list[Tensor] = [*teacher.flat, *student.flat]
@@ -102,20 +104,24 @@ def point(
             following = method.make(teacher, student, MOMENTUM)
             following.update()
             admit(row, method, following, student)
-        except ImportError as error:
-            row.why_not = str(error)
+        except Exception as error:
+            row.why_not = said(error)
         if row.why_not is None:
             updates[label] = following.update
     taken = take(rows, updates, device, rounds, f"{tensors:,} tensors, {elements:,} elements")
     vars(rows[mine]).update(around_the_kernel(teacher, student, rounds))
-    return taken
+    return [*map(asdict, taken)]
 
 
-def growth(device: torch.device, methods: dict[str, Method | str], most: int, rounds: int) -> list[Row]:
-    """Both curves, up to `most` elements."""
-    rows = []
-    for elements in (size for size in MANY_ELEMENTS if size <= most):
-        rows += point("elements", elements, TENSORS, device, rounds if elements <= ELEMENTS else FEW_ROUNDS, methods)
-    for tensors in MANY_TENSORS:
-        rows += point("tensors", min(ELEMENTS, most), tensors, device, rounds, methods)
-    return rows
+def growth(
+    device: torch.device, methods: dict[str, Method | str], most: int, rounds: int
+) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """The points of both curves, up to `most` elements: what each is called, and how to measure it."""
+    sizes = [("elements", size, TENSORS) for size in MANY_ELEMENTS if size <= most]
+    sizes += [("tensors", min(ELEMENTS, most), tensors) for tensors in MANY_TENSORS]
+    for kind, elements, tensors in sizes:
+        few = rounds if elements <= ELEMENTS else FEW_ROUNDS
+        yield (
+            f"{tensors:,} tensors, {elements:,} elements",
+            partial(point, kind, elements, tensors, device, few, methods),
+        )

@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 DTYPES = {  # teacher, student
@@ -48,12 +48,18 @@ def odd_sizes() -> nn.Module:
     return nn.Sequential(*(layer for group in layers for layer in group))
 
 
+def of_torchvision(name: str) -> nn.Module:
+    import torchvision  # without which the others can be measured
+
+    return getattr(torchvision.models, name)()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": torchvision.models.resnet50,
-    "mobilenet_v3_large": torchvision.models.mobilenet_v3_large,  # many small tensors
-    "mobilenet_v2": torchvision.models.mobilenet_v2,
+    "resnet50": partial(of_torchvision, "resnet50"),
+    "mobilenet_v3_large": partial(of_torchvision, "mobilenet_v3_large"),  # many small tensors
+    "mobilenet_v2": partial(of_torchvision, "mobilenet_v2"),
     "wide_resnet28_2": wide_resnet28_2,
-    "vit_b_16": torchvision.models.vit_b_16,  # few large ones, and no buffers
+    "vit_b_16": partial(of_torchvision, "vit_b_16"),  # few large ones, and no buffers
     "odd_sizes": odd_sizes,
 }
 
@@ -76,7 +82,7 @@ def student_of(teacher: nn.Module) -> nn.Module:
 def pair(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """A teacher and a student: of MODELS, or torchvision's by that name."""
     torch.manual_seed(0)
-    make = MODELS.get(name) or getattr(torchvision.models, name)
+    make = MODELS.get(name) or partial(of_torchvision, name)
     teacher = make().requires_grad_(False)
     student = student_of(teacher)
     teacher_dtype, student_dtype = DTYPES[dtype]

@@ -164,9 +164,12 @@ def step_bars(rows: list[dict]) -> Figure:
 def draw(rows: list[dict], stem: Path) -> list[Path]:
     """Every picture that the rows give, beside `stem`."""
     keys = list(groups(rows))
-    threads = max(key[2] for key in keys)
+    threads = max((key[2] for key in keys), default=0)
     figures = {dtype: bars(rows, dtype, threads) for dtype in dict.fromkeys(key[1] for key in keys)}
-    figures |= {"growth": growth_curves(rows), "step": step_bars(rows)}
+    if of_kind(rows, "elements") and of_kind(rows, "tensors"):
+        figures["growth"] = growth_curves(rows)
+    if any(row.get("median_ms") for row in of_kind(rows, "step")):
+        figures["step"] = step_bars(rows)
     paths = []
     for name, figure in figures.items():
         paths.append(stem.with_name(f"{stem.name}-{name}.png"))

@@ -1,12 +1,16 @@
 """`make report`: everything that this machine can measure, as JSON, tables and pictures.
 
-Writes <device>-<date>.json, .md and .png into benchmarks/results, and, on a CPU, the summary into the README.
+Writes <device>-<date>.json, after each measurement, then .md and .png into benchmarks/results; of a whole run on a CPU
+the summary goes into the README.
 """
 
 import argparse
 import json
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +19,13 @@ from counts import SIZES, host_instructions, no_callgrind
 from growth import around_the_kernel, around_the_kernel_of_teachers, growth
 from models import DTYPES, MODELS, pair
 from peers import peers
-from pictures import draw
 from step import training_steps
 from tables import (
     embed,
     groups,
     growth_table,
     instructions_table,
-    main_of_ours,
+    of_kind,
     on_threads,
     rules_table,
     step_table,
@@ -31,8 +34,13 @@ from tables import (
     update_table,
     verdicts,
 )
-from timing import machine, measure
-from updates import Method, by_hand, by_us
+from timing import machine, measure, said
+from updates import OURS, Method, by_hand, by_us
+
+try:
+    from pictures import draw
+except ImportError:  # of matplotlib: JSON and tables are written all the same
+    draw = None
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -45,13 +53,19 @@ def methods_for(device: torch.device, dtype: str) -> dict[str, Method | str]:
     return found
 
 
-def rules_rows(device: torch.device) -> list[dict]:
+def only(methods: dict[str, Method | str], parts: list[str] | None) -> dict[str, Method | str]:
+    """Those with one of these parts in their name; all, where none are given."""
+    return {name: how for name, how in methods.items() if not parts or any(part in name for part in parts)}
+
+
+def rules_rows(device: torch.device, parts: list[str] | None) -> list[dict]:
     rows = []
-    for name, method in (by_hand() | peers("bfloat16") | by_us(device)).items():
+    for name, method in only(by_hand() | peers("bfloat16") | by_us(device), parts).items():
         if isinstance(method, str):
             continue
         try:
-            rows.append({"kind": "rules", "method": name, "rules": rules_kept(method, device)})
+            with torch.no_grad():
+                rows.append({"kind": "rules", "method": name, "rules": rules_kept(method, device)})
         except ImportError:
             continue  # the tables of times say that it is not here
     return rows
@@ -64,39 +78,65 @@ def instruction_rows() -> list[dict]:
     return [{"kind": "instructions", "method": n, "sizes": SIZES, "instructions": c} for n, c in counted]
 
 
-def run(device: torch.device, quick: bool) -> list[dict]:
-    """All rows, each with the machine it is from."""
+def update_rows(
+    model: str, dtype: str, device: torch.device, threads: int, rounds: int, parts: list[str] | None
+) -> list[dict]:
+    """One model and dtype by all methods, and what is around the kernel."""
+    few = min(12, rounds) if model == "vit_b_16" else rounds  # a round takes seconds on a CPU
+    measured = measure(model, dtype, device, threads, few, only(methods_for(device, dtype), parts))
+    ours = [row for row in measured if row.method.startswith(OURS) and row.median_ms]
+    if dtype == "float32" and ours:
+        with torch.no_grad():
+            around = around_the_kernel(*pair(model, dtype, device), rounds)
+            around |= around_the_kernel_of_teachers(pair(model, dtype, device)[1], rounds)
+        vars(ours[0]).update(around)
+    return [asdict(row) for row in measured]
+
+
+def parts_of(device: torch.device, given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """Everything that is measured, piece by piece, with what it is called."""
+    quick = given.quick
+    rounds = 2 if quick else 30
     if quick:
         torch.set_num_threads(1)  # on a busy machine two threads wait for each other at each of the loop's operations
     threads = torch.get_num_threads()
-    models, dtypes, rounds = (["wide_resnet28_2"], ["float32"], 2) if quick else (list(MODELS), list(DTYPES), 30)
-    rows = []
-    with torch.no_grad():
-        rows += rules_rows(device)
+    models = given.model or (["wide_resnet28_2"] if quick else list(MODELS))
+    dtypes = given.dtype or (["float32"] if quick else list(DTYPES))
+    yield "what each gets right", partial(rules_rows, device, given.method)
     for model in models:
         for dtype in dtypes:
-            few = min(12, rounds) if model == "vit_b_16" else rounds  # a round takes seconds
-            measured = measure(model, dtype, device, threads, few, methods_for(device, dtype))
-            if dtype == "float32":
-                with torch.no_grad():
-                    around = around_the_kernel(*pair(model, dtype, device), rounds)
-                    around |= around_the_kernel_of_teachers(pair(model, dtype, device)[1], rounds)
-                name = main_of_ours([*map(asdict, measured)])
-                vars(next(row for row in measured if row.method == name)).update(around)
-            found = [asdict(row) for row in measured]
-            rows += found
-            print(f"\n### {title(model, dtype, threads, found)}\n\n{update_table(found)}", flush=True)
+            yield f"{model}, {dtype}", partial(update_rows, model, dtype, device, threads, rounds, given.method)
     if device.type == "cpu" and threads > 1 and not quick:
         for model in ("resnet50", "mobilenet_v3_large", "mobilenet_v2"):
-            rows += map(asdict, measure(model, "float32", device, 1, rounds, methods_for(device, "float32")))
-        torch.set_num_threads(threads)
+            if model in models and "float32" in dtypes:
+                yield f"{model}, 1 thread", partial(update_rows, model, "float32", device, 1, rounds, given.method)
+    torch.set_num_threads(threads)
     found = methods_for(device, "float32")
-    most = 300_000 if quick else 10**9
-    rows += map(asdict, growth(device, found, most, rounds))
-    rows += training_steps(device, 2 if quick else 12, 64 if device.type == "cuda" else 1 if quick else 8)
-    rows += instruction_rows() if not quick else [{"kind": "instructions", "why_not": "left out of the quick run"}]
-    described = machine(device)
-    return [described | {name: value for name, value in row.items() if value is not None} for row in rows]
+    yield from growth(device, found, 300_000 if quick else 10**9, rounds)
+    labelled = 64 if device.type == "cuda" else 1 if quick else 8
+    yield "training steps", partial(training_steps, device, 2 if quick else 12, labelled)
+    left_out = [{"kind": "instructions", "why_not": "left out of the quick run"}]
+    yield "instructions", (lambda: left_out) if quick else instruction_rows
+
+
+def run(device: torch.device, given: argparse.Namespace, file: Path) -> list[dict]:
+    """All rows, each with the machine it is from; in the file after every piece, so that none is lost with a later one.
+
+    A piece that fails leaves a row that says why.
+    """
+    described, rows = machine(device), []
+    for what, measured in parts_of(device, given):
+        try:
+            found = measured()
+        except Exception as error:
+            found = [{"kind": "failed", "what": what, "why_not": said(error)}]
+            print(f"\n{what}: {found[0]['why_not']}", flush=True)
+        rows += [described | {name: value for name, value in row.items() if value is not None} for row in found]
+        file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        for key, measured_now in groups(found).items():
+            here = [described | row for row in measured_now]
+            print(f"\n### {title(*key, here)}\n\n{update_table(here)}", flush=True)
+    return rows
 
 
 def text(rows: list[dict], pictures: list[Path]) -> str:
@@ -108,6 +148,8 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
     ]
     parts.append("How each number is taken, and what it does not show: benchmarks/README.md.\n")
     parts += ["## What was to be shown\n", verdicts(rows)]
+    if failed := of_kind(rows, "failed"):
+        parts += ["## What failed\n", *(f"- {row['what']}: {row['why_not']}\n" for row in failed)]
     parts += ["## What each gets right\n", rules_table(rows)]
     parts += ["## Pictures\n", *(f"![{path.stem}]({path.name})\n" for path in pictures)]
     parts += ["## One update\n", "In short: times the limit, and milliseconds.\n"]
@@ -144,25 +186,30 @@ def block(rows: list[dict], stem: str) -> str:
     return "\n\n".join([head, summary(rows, "float32").rstrip(), *figures, step_table(rows).rstrip(), around]) + "\n"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a minute, and no figure to be believed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"only these: {', '.join(MODELS)}, or torchvision's")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
+    parser.add_argument("--method", nargs="+", metavar="PART", help="only methods with one of these in their name")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: %(default)s")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not move")  # the tables say which teachers move
     device = torch.device(arguments.device)
-    rows = run(device, arguments.quick)
-    name = "".join(c if c.isalnum() else "-" for c in rows[0]["device"].lower())
-    stem = arguments.out / f"{name}-{rows[0]['date']}"
+    described = machine(device)
+    name = "".join(c if c.isalnum() else "-" for c in described["device"].lower())
+    stem = arguments.out / f"{name}-{described['date']}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    pictures = draw(rows, stem)
+    rows = run(device, arguments, stem.with_suffix(".json"))
+    pictures = draw(rows, stem) if draw else []
     stem.with_suffix(".md").write_text(text(rows, pictures))
-    if device.type == "cpu" and not arguments.quick and arguments.out == HERE / "results":
+    whole = not (arguments.quick or arguments.model or arguments.dtype or arguments.method)
+    if device.type == "cpu" and whole and arguments.out == HERE / "results":
         README.write_text(embed(README.read_text(), "make report", block(rows, stem.name)))
     print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
+    return int(bool(of_kind(rows, "failed")))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

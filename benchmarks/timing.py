@@ -22,13 +22,16 @@ from counts import counts, launches
 from models import DTYPES, pair, tensors_of
 from torch import Tensor, nn
 from tqdm import tqdm
-from updates import COPY, LIMIT, Following, Method, Update
+from updates import COPY, GRAPH, LIMIT, Following, Method, Update
 
 import eman_kernels
 
 MOMENTUM = 0.999
 WARM_UP = 3
 CACHE_BYTES = 256 << 20  # more than any cache that is to be cold
+QUEUE = 1024  # launches that wait on a CUDA stream; the host then waits as well
+CYCLES = 2_000_000  # of a GPU in a millisecond, or somewhat fewer
+LONGEST_SLEEP = 50  # ms
 PACKAGES = ("torch", "torchvision", "timm", "ema-pytorch", "torch-ema", "diffusers", "lightly", "lightning", "apex")
 
 
@@ -44,6 +47,7 @@ class Row:
     tensors: int
     kind: str = "update"
     size: int | None = None  # of what grows, where something does
+    note: str = ""  # what is to be known of its times
     lacks: str = ""  # what the method leaves undone, or does wrong without having claimed it
     why_not: str | None = None
     gigabytes: float | None = None  # moved by one call
@@ -67,9 +71,25 @@ class Row:
     table_bytes: int | None = None
 
 
+def nothing_cached(device: torch.device) -> Tensor:
+    """What `empty` writes and reads."""
+    return torch.zeros(CACHE_BYTES // 4, device=device)
+
+
+def empty(cache: Tensor) -> None:
+    """Leave none of a method's memory in the caches.
+
+    On a GPU nothing that is still to be written back either: a method would have to evict up to 50 MB of it, which is
+    15 % of ResNet-50's time. On CPUs no difference was found, and reading takes longer than most methods.
+    """
+    cache.add_(1)
+    if cache.is_cuda:
+        cache.sum()
+
+
 def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[float, float]:
     """Milliseconds of the work and of the host, of one call on a cold cache."""
-    cache.add_(1)
+    empty(cache)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -77,16 +97,21 @@ def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[floa
     host = 1e3 * (time.perf_counter() - begin)
     if device.type != "cuda":
         return host, host
-    # Once more for the device, behind a sleep (of some 50 ms) in which the launches queue up: no gap of the host's is
-    # then counted as the device's time.
+    # Once more for the device, behind a sleep in which the launches queue up: no gap of the host's is then counted as
+    # the device's time.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cache.add_(1)
-    torch.cuda._sleep(100_000_000)
+    empty(cache)
+    torch.cuda._sleep(sleep_cycles(host))
     start.record()
     update()
     end.record()
     end.synchronize()
     return start.elapsed_time(end), host
+
+
+def sleep_cycles(host_ms: float) -> int:
+    """Twice what the host needs for its launches, and some more for its noise."""
+    return int(CYCLES * min(2 * host_ms + 0.2, LONGEST_SLEEP))
 
 
 def pin_the_heap() -> None:
@@ -103,11 +128,17 @@ def pin_the_heap() -> None:
 
 
 def graphed(update: Update) -> Update:
-    """The same work as a captured CUDA graph."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update()
+    """The same work as a captured CUDA graph. Raises what the update raises when it is captured."""
+    graph, refusal = torch.cuda.CUDAGraph(), None
+    # torch's context would leave its own stream as the current one if the capture itself failed.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        try:
+            update()
+        except Exception as error:
+            refusal = error
+            torch.cuda._sleep(1)  # an empty graph is warned of
+    if refusal is not None:
+        raise refusal
     return graph.replay
 
 
@@ -136,7 +167,7 @@ def take(rows: dict[str, Row], updates: dict[str, Update], device: torch.device,
     # A collection of garbage then looks at what a method makes, and not at all the libraries imported here.
     gc.collect()
     gc.freeze()
-    cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device=device)
+    cache = nothing_cached(device)
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in updates}
     for k in tqdm(range(rounds + WARM_UP), desc=f"{label:34}", leave=False, disable=None):
         for method, update in updates.items():
@@ -149,8 +180,16 @@ def take(rows: dict[str, Row], updates: dict[str, Update], device: torch.device,
         row.q1_ms, row.median_ms, row.q3_ms = quartiles([work for work, _ in samples])
         shares = [work / limit for (work, _), (limit, _) in zip(samples, times[LIMIT], strict=True)]
         row.x_limit_q1, row.x_limit, row.x_limit_q3 = quartiles(shares)
-        row.host_ms = statistics.median(host for _, host in samples) if device.type == "cuda" else None
+        if device.type == "cuda":
+            row.host_ms = statistics.median(host for _, host in samples)
+            if (row.operations or 0) > QUEUE and GRAPH not in method:
+                row.note = f"{row.operations:,} launches, of which {QUEUE:,} queue up: the others at the host's pace"
     return list(rows.values())
+
+
+def said(error: Exception) -> str:
+    """Why there is no figure, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def admit(row: Row, method: Method | str, following: Following, student: nn.Module) -> None:
@@ -162,6 +201,8 @@ def admit(row: Row, method: Method | str, following: Following, student: nn.Modu
     found = faults(following, student, MOMENTUM, method.exact)
     row.lacks = ", ".join(found)
     row.why_not = next((found[kind] for kind in method.claims if kind in found), None)
+    if row.why_not is None and next(student.parameters()).is_cuda:
+        row.operations = launches(following.update) or row.operations  # none are seen without the right to profile
 
 
 @torch.no_grad()  # as every such update is run
@@ -184,11 +225,9 @@ def measure(
             following.update()
             admit(row, method, following, student)
         except Exception as error:  # whatever a library raises, it has no figure, and the table says so
-            row.why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            row.why_not = said(error)
         if row.why_not is None:
             updates[label] = following.update
-            if device.type == "cuda":
-                row.operations = launches(following.update)
     kinds = (0, 0) if dtype == "mixed" else (0, 1)
     flat = [torch.randn(elements, device=device, dtype=DTYPES[dtype][i]) for i in kinds]
     updates[LIMIT] = lambda: flat[0].lerp_(flat[1], 1.0 - MOMENTUM)
@@ -199,8 +238,12 @@ def measure(
         rows[label].gigabytes = times_read * flat[0].nbytes / 1e9
     if device.type == "cuda":
         for label in [label for label in updates if label.startswith(("eman_kernels", "foreach"))]:
-            replayed = f"{label}, in a CUDA graph"
-            rows[replayed], updates[replayed] = replace(rows[label], method=replayed), graphed(updates[label])
+            replayed = label + GRAPH
+            rows[replayed] = replace(rows[label], method=replayed)
+            try:
+                updates[replayed] = graphed(updates[label])
+            except Exception as error:
+                rows[replayed].why_not = said(error)
     label = f"{name}, {dtype}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else f"{name}, {dtype}"
     return take(rows, updates, device, rounds, label)
 
@@ -229,7 +272,10 @@ def machine(device: torch.device) -> dict[str, str | float]:
         if hasattr(properties, "memory_clock_rate"):  # kHz and bits, two transfers a clock: the datasheet's product
             described["datasheet GB/s"] = 2 * properties.memory_clock_rate * properties.memory_bus_width / 8 / 1e6
     for key, command in asked.items():
-        answer = subprocess.run(command.split(), capture_output=True, text=True, cwd=Path(__file__).parent)
-        if answer.returncode == 0:
+        try:
+            answer = subprocess.run(command.split(), capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:  # it is not on PATH
+            continue
+        if answer.returncode == 0 and answer.stdout.strip():
             described[key] = answer.stdout.split()[0]
     return described

@@ -16,6 +16,7 @@ from eman_kernels.plan import Plan
 
 LOOP, LIMIT, COPY = "published EMAN loop", "limit: one flat lerp", "flat copy"
 OURS = "eman_kernels"  # with which the names of all ours begin
+GRAPH = ", in a CUDA graph"  # with which the names of replayed methods end
 KINDS = ("parameters", "float buffers", "counters")
 
 Update = Callable[[], object]

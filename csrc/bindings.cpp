@@ -48,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   eman::bind_watch(m);
-  py::class_<eman::Call>(m, "Call")
+  // Local to the module: benchmarks/variants.py has several builds in one process.
+  py::class_<eman::Call>(m, "Call", py::module_local())
       // What most updates are, first: it is found without a look at nine defaults.
       .def(py::init(&plain_call), py::arg("chunks"), py::arg("momentum"))
       .def(py::init(&call), py::arg("chunks"), py::arg("momenta"), py::kw_only(), py::arg("momenta_address") = 0,
@@ -82,7 +83,6 @@ PYBIND11_MODULE(_C, m) {
 
   // For the test that plan.py writes what chunk.h declares.
   m.attr("chunk_bytes") = sizeof(eman::Chunk);
-  m.attr("chunk_size") = eman::kChunkSize;
   m.attr("max_teachers") = eman::kMaxTeachers;
   py::dict codes;
 #define EMAN_CODE(CODE, T, S) codes[#T "<-" #S] = CODE;

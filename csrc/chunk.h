@@ -15,15 +15,13 @@ struct alignas(16) Chunk {
   // A float teacher's: address of its low-precision copy, which is written too, or 0. A half teacher's: the number of
   // its first element among all of the update's, by which stochastic rounding draws; a multiple of 8.
   uint64_t extra;
-  uint32_t numel;  // 1 ... kChunkSize elements
+  // 1 or more elements; how many is the plan's affair. A tensor's chunks are a multiple of 16, so that all are aligned
+  // as its first.
+  uint32_t numel;
   uint16_t pair;   // a Pair: the rule and both dtypes
   uint16_t flags;  // those below
 };
 static_assert(sizeof(Chunk) == 32 && offsetof(Chunk, numel) == 24, "plan.py writes this layout");
-
-// Large enough that reading the record costs nothing beside the elements, small enough that ResNet-50 makes
-// some 1,800 pieces of work to balance. A multiple of 16, so that a tensor's chunks are all aligned as its first.
-constexpr uint32_t kChunkSize = 16384;
 
 // Every address takes 16-byte accesses.
 constexpr uint16_t kVector16 = 1;

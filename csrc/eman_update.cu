@@ -10,6 +10,8 @@ namespace {
 
 void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
+  // The runtime keeps it for whoever asks next, and would blame their launch for it.
+  cudaGetLastError();
   throw std::runtime_error(std::string("eman_kernels: ") + what + " failed on cuda:" + std::to_string(device) + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
@@ -24,7 +26,7 @@ class DeviceGuard {
     changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    if (changed_ && cudaSetDevice(previous_) != cudaSuccess) cudaGetLastError();
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -34,27 +36,32 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// One block a piece. The error is this launch's own, and not what another call left behind, as the last error may be.
+template <typename Argument>
+void launch(void (*kernel)(Argument), const char* what, int64_t n_pieces, Argument argument, int device,
+            uint64_t stream) {
+  if (n_pieces == 0) return;
+  const DeviceGuard guard(device);
+  void* arguments[] = {&argument};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(n_pieces)), dim3(kThreads),
+                         arguments, 0, reinterpret_cast<cudaStream_t>(stream)),
+        what, device);
+}
+
 }  // namespace
 
 void update_cuda(const Call& call, int64_t n_pieces, bool general, int device, uint64_t stream) {
-  if (n_pieces == 0) return;
-  const DeviceGuard guard(device);
-  auto* kernel = general ? eman_update_general : eman_update;
-  kernel<<<static_cast<unsigned>(n_pieces), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(call);
-  check(cudaGetLastError(), "the launch of eman_update", device);
+  launch(general ? eman_update_general : eman_update, "the launch of eman_update", n_pieces, call, device, stream);
 }
 
 void swap_cuda(const Chunk* chunks, int64_t n_chunks, int device, uint64_t stream) {
-  if (n_chunks == 0) return;
-  const DeviceGuard guard(device);
-  eman_swap<<<static_cast<unsigned>(n_chunks), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(chunks);
-  check(cudaGetLastError(), "the launch of eman_swap", device);
+  launch(eman_swap, "the launch of eman_swap", n_chunks, chunks, device, stream);
 }
 
 void check_cuda(int device) {
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, eman_update), "loading eman_update", device);
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(eman_update)), "loading eman_update", device);
 }
 
 }  // namespace eman

@@ -8,7 +8,18 @@
 
 namespace eman {
 
-constexpr int kThreads = 256;
+// benchmarks/variants.py builds the kernels with other numbers than these.
+#if !defined(EMAN_THREADS)
+#define EMAN_THREADS 256
+#endif
+#if !defined(EMAN_IN_FLIGHT)
+#define EMAN_IN_FLIGHT 1
+#endif
+constexpr int kThreads = EMAN_THREADS;
+// The pairs of vectors that a thread of the plain kernel loads before it stores the first. With one, the 8 blocks of an
+// SM have 64 KB in flight, where 18 KB keep the memory of an H100 busy (3.35 TB/s for 700 ns, over 132 SMs); two take
+// 38 to 43 registers, which leave room for 5 or 6 blocks.
+constexpr int kInFlight = EMAN_IN_FLIGHT;
 
 struct alignas(16) Words {
   uint32_t x, y, z, w;
@@ -99,18 +110,28 @@ struct Elements {
   }
 };
 
-// Calls visit(kN, first) for each kN neighbouring elements that are this thread's. The wider of a mixed pair takes
-// 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the wider one would touch every
-// 32-byte sector twice.
-template <typename T, typename S, typename Visit>
+template <int kNumber>
+using Constant = std::integral_constant<int, kNumber>;
+
+// Calls visit(kN, kCount, first) for kCount times kN neighbouring elements that are this thread's, kThreads * kN apart.
+// The wider of a mixed pair takes 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the
+// wider one would touch every 32-byte sector twice.
+template <typename T, typename S, int kAtOnce, typename Visit>
 __device__ __forceinline__ void for_elements(const Chunk& chunk, Visit visit) {
   constexpr uint32_t kVector = 16 / (sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
   const uint32_t vectors = chunk.flags & kVector16 ? chunk.numel / kVector : 0;
-  for (uint32_t v = threadIdx.x; v < vectors; v += kThreads) {
-    visit(std::integral_constant<int, kVector>(), v * kVector);
+  uint32_t done = 0;
+  if constexpr (kAtOnce > 1) {
+    // All threads of a block or none: a warp waits for itself in there.
+    for (; done + kAtOnce * kThreads <= vectors; done += kAtOnce * kThreads) {
+      visit(Constant<kVector>(), Constant<kAtOnce>(), (done + threadIdx.x) * kVector);
+    }
+  }
+  for (uint32_t v = done + threadIdx.x; v < vectors; v += kThreads) {
+    visit(Constant<kVector>(), Constant<1>(), v * kVector);
   }
   for (uint32_t i = vectors * kVector + threadIdx.x; i < chunk.numel; i += kThreads) {
-    visit(std::integral_constant<int, 1>(), i);
+    visit(Constant<1>(), Constant<1>(), i);
   }
 }
 
@@ -120,22 +141,29 @@ __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rul
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
   if (rule.rests()) return;
-  for_elements<T, S>(chunk, [&](auto n, uint32_t first) {
-    constexpr int kN = decltype(n)::value;
+  for_elements<T, S, kInFlight>(chunk, [&](auto n, auto count, uint32_t first) {
+    constexpr int kN = decltype(n)::value, kCount = decltype(count)::value;
     const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
+    const uint64_t student_address = chunk.student + uint64_t{first} * sizeof(S);
     Elements<T, kN> teacher;
     Elements<S, kN> student;
-    typename Elements<T, kN>::Word teacher_word;
-    typename Elements<S, kN>::Word student_word;
-    load_read_only(student_word, chunk.student + uint64_t{first} * sizeof(S));
-    student.from(student_word);
-    if (Rule::kReadsTeacher) {
-      load(teacher_word, teacher_address);
-      teacher.from(teacher_word);
-    }
+    typename Elements<T, kN>::Word teacher_words[kCount];
+    typename Elements<S, kN>::Word student_words[kCount];
 #pragma unroll
-    for (int i = 0; i < kN; ++i) teacher.at[i] = rule(teacher.at[i], student.at[i]);
-    store(teacher_address, teacher.word());
+    for (int k = 0; k < kCount; ++k) {
+      load_read_only(student_words[k], student_address + k * kThreads * sizeof student);
+      if (Rule::kReadsTeacher) load(teacher_words[k], teacher_address + k * kThreads * sizeof teacher);
+    }
+    // Without it the assembler puts a store between the loads.
+    if (kCount > 1) __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      student.from(student_words[k]);
+      if (Rule::kReadsTeacher) teacher.from(teacher_words[k]);
+#pragma unroll
+      for (int i = 0; i < kN; ++i) teacher.at[i] = rule(teacher.at[i], student.at[i]);
+      store(teacher_address + k * kThreads * sizeof teacher, teacher.word());
+    }
   });
 }
 
@@ -155,7 +183,7 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
   using S = typename Rule::Student;
   uint32_t skipped = 0;
   rule.heals = call.skip_nonfinite;
-  for_elements<T, S>(records[0], [&](auto n, uint32_t first) {
+  for_elements<T, S, 1>(records[0], [&](auto n, auto, uint32_t first) {
     constexpr int kN = decltype(n)::value;
     Elements<S, kN> student;
     typename Elements<S, kN>::Word student_word;
@@ -214,7 +242,7 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
 
 template <typename U>
 __device__ __forceinline__ void swap_chunk(const Chunk& chunk) {
-  for_elements<U, U>(chunk, [&](auto n, uint32_t first) {
+  for_elements<U, U, 1>(chunk, [&](auto n, auto, uint32_t first) {
     typename Elements<U, decltype(n)::value>::Word teacher, student;
     const uint64_t offset = uint64_t{first} * sizeof(U);
     load(teacher, chunk.teacher + offset);
@@ -235,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const _
 }
 
 // 64 registers, so that no architecture spills: 4 blocks then lie on an SM, enough of them to keep memory busy.
-extern "C" __global__ void __launch_bounds__(eman::kThreads, 4)
+extern "C" __global__ void __launch_bounds__(eman::kThreads, 1024 / eman::kThreads)
     eman_update_general(const __grid_constant__ eman::Call call) {
   using namespace eman;
   if (call.is_off()) return;

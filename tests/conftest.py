@@ -1,11 +1,16 @@
 """What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
 
+import ctypes
+import ctypes.util
 import os
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +49,26 @@ INTERPRETED = [
 ] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
+def _interpret_an_fma_as_one() -> None:
+    """Triton's interpreter before 3.9 rounds an fma's product: give it the C library's."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    exact = {}
+    for function, of_c, dtype in ((libm.fmaf, ctypes.c_float, np.float32), (libm.fma, ctypes.c_double, np.float64)):
+        function.restype, function.argtypes = of_c, [of_c] * 3
+        exact[np.dtype(dtype)] = np.vectorize(function, otypes=[dtype])
+
+    def create_fma(self, x, y, z):
+        return TensorHandle(exact[z.data.dtype](x.data, y.data, z.data), z.dtype.scalar)
+
+    InterpreterBuilder.create_fma = create_fma
+
+
+if INTERPRETED and backends.triton.missing is None:
+    _interpret_an_fma_as_one()
+
+
 @pytest.fixture(
     params=[
         pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.cuda),
@@ -70,6 +95,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What waits for the device raises within; and no longer, however it is left."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")  # said once
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def refused_in_a_capture(match: str) -> Iterator[None]:
+    """What is done within raises a RuntimeError while a graph is captured, and the capture ends like any other.
+
+    Left by the exception before anything was captured, torch's context would warn of an empty graph in its stead and
+    keep the capture's stream as the current one.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda._sleep(1)
+        with pytest.raises(RuntimeError, match=match):
+            yield
+
+
+def profiled(*activities: torch.profiler.ProfilerActivity, **options: bool) -> torch.profiler.profile:
+    """torch's profiler; without acc_events some versions warn that it forgets."""
+    return torch.profiler.profile(activities=activities, acc_events=True, **options)
 
 
 def tensors_of(pairs: list[Pair]) -> list[Tensor]:

@@ -6,22 +6,14 @@
 #include <string>
 #include <vector>
 
-// What CUDA would define.
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __popc __builtin_popcount
-#define __grid_constant__
-static struct {
-  unsigned x;
-} threadIdx, blockIdx;
-static void atomicAdd(unsigned long long* sum, unsigned long long number) { *sum += number; }
-
+#include "host_cuda.h"
+// The kernels come after what CUDA would define.
 #include "eman_update.cuh"
 #include "eman_update.h"
 
 namespace {
+
+constexpr uint32_t kChunkSize = 16384;
 
 struct Case {
   uint32_t pair, numel, teacher_bytes, student_bytes, teacher_offset, student_offset;
@@ -90,13 +82,13 @@ int main(int, char** argv) {
       teachers.emplace_back(c.teacher_offset / 2, casts ? c.numel * 2 : 0);
     }
     free(original.memory);
-    for (uint32_t first = 0; first < c.numel; first += eman::kChunkSize) {
+    for (uint32_t first = 0; first < c.numel; first += kChunkSize) {
       for (int k = 0; k < n_teachers; ++k) {
         eman::Chunk chunk{};
         chunk.teacher = teachers[mine + 2 * k].address() + uint64_t{first} * c.teacher_bytes;
         chunk.student = students.back().address() + uint64_t{first} * c.student_bytes;
         chunk.extra = casts ? teachers[mine + 2 * k + 1].address() + uint64_t{first} * 2 : c.first + first;
-        chunk.numel = c.numel - first < eman::kChunkSize ? c.numel - first : eman::kChunkSize;
+        chunk.numel = c.numel - first < kChunkSize ? c.numel - first : kChunkSize;
         chunk.pair = static_cast<uint16_t>(c.pair);
         const uint64_t addresses = chunk.teacher | chunk.student | (casts ? chunk.extra : 0);
         chunk.flags = addresses % 16 == 0 ? eman::kVector16 : 0;

@@ -6,6 +6,7 @@ import ctypes.util
 import pytest
 import torch
 from conftest import (
+    CHUNK,
     COPY_DTYPES,
     EMA_PAIRS,
     MOMENTA,
@@ -31,13 +32,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not move")  # every dtype
 def test_ema(backend_and_device, dtypes, offsets):
     backend, device = backend_and_device
     same = comparison(backend, device, *dtypes)
-    for momentum in (0.0, 0.5, 0.996) if is_interpreted(backend, device) else MOMENTA:
-        teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in SIZES]
-        students = [Guarded(values(size, dtypes[1]), offsets[1], device) for size in SIZES]
+    momenta, sizes = MOMENTA, SIZES
+    if is_interpreted(backend, device):  # a millisecond or so for a hundred elements
+        momenta, sizes = (0.0, 0.5, 0.996), [0, 1, 17, 1009, CHUNK + 1]
+    for momentum in momenta:
+        teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in sizes]
+        students = [Guarded(values(size, dtypes[1]), offsets[1], device) for size in sizes]
         expected = [lerp(t.tensor, s.tensor, momentum) for t, s in zip(teachers, students, strict=True)]
         before = [s.memory.clone() for s in students]
         ema_update_([t.tensor for t in teachers], [s.tensor for s in students], momentum, backend=backend)
-        for t, want, size in zip(teachers, expected, SIZES, strict=True):
+        for t, want, size in zip(teachers, expected, sizes, strict=True):
             same(t.tensor, want, f"{size} elements, momentum {momentum}")
             assert t.intact(), f"written outside of the teacher's {size} elements"
         for s, old in zip(students, before, strict=True):

@@ -1,10 +1,13 @@
 """The benchmark refuses a speed for a wrong result, sees what each library does, and counts what is claimed."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import checks  # noqa: E402
 import compare  # noqa: E402
 import counts  # noqa: E402
+import gpu  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
 import tables  # noqa: E402
@@ -73,7 +77,6 @@ def slices(tensors):
 
 def python_work(update):
     """Calls and bytecode instructions of one call, in Python's own count."""
-    seen = {"call": 0, "opcode": 0, "line": 0, "return": 0, "exception": 0}
 
     def trace(frame, event, argument):
         frame.f_trace_opcodes = True
@@ -81,11 +84,14 @@ def python_work(update):
         return trace
 
     before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        update()
-    finally:
-        sys.settrace(before)
+    # Python 3.12 counts no opcodes before a frame has once asked for them.
+    for each in (lambda: None, update):
+        seen = dict.fromkeys(("call", "opcode", "line", "return", "exception"), 0)
+        sys.settrace(trace)
+        try:
+            each()
+        finally:
+            sys.settrace(before)
     return seen["call"], seen["opcode"]
 
 
@@ -351,6 +357,177 @@ def test_the_readme_shows_the_newest_report():
     assert readme == tables.embed(readme, "make report", report.block(rows, newest.stem))
     for name in ("float32", "growth"):
         assert newest.with_name(f"{newest.stem}-{name}.png").exists()
+
+
+def test_a_narrowed_report_is_written_piece_by_piece(tmp_path, monkeypatch):
+    """What fails costs its own rows, and what was measured before it lies in the file."""
+    report = pytest.importorskip("report", reason=f"tabulate is not installed: {REMEDY}")
+    file, seen = tmp_path / "rows.json", []
+
+    def measure(model, dtype, *rest):
+        seen.append((model, dtype, sorted(rest[-1]), json.loads(file.read_text())))
+        if model == "second":
+            raise RuntimeError("out of memory\nat length")
+        return [timing.Row(model, 1, dtype, "lerp loop", 10, 1, why_not="not today")]
+
+    def no_points(*rest):
+        yield from ()
+
+    monkeypatch.setattr(report, "measure", measure)
+    monkeypatch.setattr(report, "growth", no_points)
+    monkeypatch.setattr(report, "training_steps", lambda *rest: [{"kind": "step", "method": "x", "why_not": "no"}])
+    given = SimpleNamespace(quick=True, model=["first", "second", "third"], dtype=["mixed"], method=["lerp loop"])
+    rows = report.run(CPU, given, file)
+    assert [(model, dtype) for model, dtype, *_ in seen] == [(m, "mixed") for m in ("first", "second", "third")]
+    assert seen[0][2] == ["lerp loop", "torch.compile of the lerp loop"]
+    assert [len(before) for *_, before in seen] == [2, 3, 4]  # what each of the two methods gets right comes first
+    assert json.loads(file.read_text()) == rows
+    (failed,) = tables.of_kind(rows, "failed")
+    assert (failed["what"], failed["why_not"]) == ("second, mixed", "RuntimeError: out of memory")
+    assert "second, mixed: RuntimeError" in report.text(rows, [])
+
+
+def as_on_a_gpu(rows):
+    replays = [
+        row | {"method": row["method"] + updates.GRAPH}
+        for row in rows
+        if row["kind"] == "update" and row["method"] in ("foreach, lists kept", OURS)
+    ]
+    for row in replays:
+        if row.get("x_limit"):
+            row["x_limit"] = 0.9 if row["method"].startswith("foreach") else 0.8
+    return [row | {"device": "NVIDIA X"} for row in rows + replays]
+
+
+def test_a_gpus_report_says_nothing_of_threads_and_compares_replays_with_replays(quick_report):
+    report = pytest.importorskip("report", reason=f"matplotlib is not installed: {REMEDY}")
+    pictures = pytest.importorskip("pictures", reason=f"matplotlib is not installed: {REMEDY}")
+    (file,) = quick_report.glob("cpu-*.json")
+    rows = as_on_a_gpu(json.loads(file.read_text()))
+    assert "1 thread" not in report.text(rows, [])
+    figures = [pictures.bars(rows, "float32", 1), pictures.growth_curves(rows), pictures.step_bars(rows)]
+    for figure in figures:
+        said = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert len(said) > 10
+        assert not [line for line in said if "thread" in line and "thread" not in rows[0]["cpu"]]
+    replay = "foreach, lists kept" + updates.GRAPH
+    assert replay in tables.keepers(rows)
+    assert f"of the time of {replay}" not in tables.verdicts(rows), "ours replayed is ahead of it"
+    for row in rows:
+        if row.get("method") == OURS + updates.GRAPH:
+            row["x_limit"] = 9.0
+    assert f"of the time of {replay}" in tables.verdicts(rows)
+
+
+def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    described = timing.machine(CPU)
+    assert "commit" not in described
+    assert described["torch"] == torch.__version__
+
+
+def test_what_a_graph_refuses_has_a_reason_and_ends_the_capture(monkeypatch):
+    ended = []
+
+    class Context:
+        def __init__(self, *what):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, kind, *rest):
+            ended.append(kind)
+
+    graph = SimpleNamespace(replay=lambda: "replayed")
+    for name, value in {"CUDAGraph": lambda: graph, "graph": Context, "stream": Context}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert timing.graphed(lambda: None)() == "replayed"
+
+    def refuse():
+        raise RuntimeError("capturable")
+
+    with pytest.raises(RuntimeError, match="capturable"):
+        timing.graphed(refuse)
+    assert ended == [None] * 4
+
+
+def test_the_sleep_is_as_long_as_the_host_needs():
+    milliseconds = [timing.sleep_cycles(host) / timing.CYCLES for host in (0.05, 10.0, 300.0)]
+    assert milliseconds == [0.3, 20.2, 50.0]
+
+
+def test_more_launches_than_the_queue_holds_are_said(monkeypatch):
+    monkeypatch.setattr(timing, "time_once", lambda update, device, cache: (1.0, 2.0))
+    monkeypatch.setattr(timing, "nothing_cached", lambda device: None)
+    names = {"few": 1024, "many": 1121, "many" + updates.GRAPH: 1121, updates.LIMIT: 1}
+    rows = {name: timing.Row("m", 1, "float32", name, 1, 1, operations=n) for name, n in names.items()}
+    timing.take(rows, dict.fromkeys(names), torch.device("cuda"), 2, "")
+    assert {name for name, row in rows.items() if row.note} == {"many"}
+    assert "\n- many: 1,121 launches, of which 1,024 queue up" in tables.update_table(list(map(asdict, rows.values())))
+
+
+# ---------------------------------------------------------------- make gpu
+
+
+def test_every_stage_of_make_gpu_is_rehearsed(tmp_path):
+    command = [sys.executable, BENCHMARKS / "gpu.py", "correct", "evidence", "variants"]
+    done = subprocess.run(
+        [*command, "--rehearse", "--no-build", "--out", tmp_path], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "summary.txt").read_text()
+    assert len(re.findall(r": ok, \d+ s$", summary, re.M)) == 7, summary
+    assert len(re.findall(r"^    \d+/\d+ tests collected", summary, re.M)) == 4
+    assert "self-check: passed" in summary
+    assert (tmp_path / "environment.log").read_text().startswith("eman_kernels ")
+    done = subprocess.run([*command[:2], "speed"], capture_output=True, text=True)
+    assert "no such stage: speed; there are correct, figures, evidence, variants" in done.stderr
+    limits = {stage: sum(c.seconds for c in its) for stage, its in gpu.stages("python", tmp_path).items()}
+    assert max(limits.values()) <= 480, limits
+
+
+def test_a_command_that_takes_too_long_leaves_what_it_has(tmp_path):
+    script = (
+        "import time; print('so far', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('in short')"
+    )
+    log = tmp_path / "log"
+    assert gpu.run([sys.executable, "-c", script], log, 3, dict(os.environ)) == "stopped after 3 s"
+    assert log.read_text() == "so far\nin short\n"
+    assert gpu.run(["no-such-program"], log, 3, dict(os.environ)).startswith("not started: ")
+    assert gpu.run([sys.executable, "-c", "exit(3)"], log, 9, dict(os.environ)).startswith("exit status 3, ")
+
+
+def test_the_summary_of_make_gpu_has_at_most_40_lines(tmp_path):
+    summary = [(f"stage, {k}: ok, 1 s", [f"line {i}" for i in range(100)] if k else []) for k in range(9)]
+    lines = gpu.shortened(summary)
+    assert len(lines) <= 40
+    assert [line for line in lines if not line.startswith(" ")] == [head for head, _ in summary]
+    log = tmp_path / "log"
+    log.write_text("x\nFAILED tests/test_cuda.py::test_x - RuntimeError\n1 failed, 3 passed in 2.00s\n")
+    assert gpu.findings("cuda", log) == log.read_text().splitlines()[1:]
+    log.write_text(
+        '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","eman_update","gpu__time_duration.sum","us","104.2"\n'
+        '"0","eman_update","dram__bytes_read.sum","Mbyte","204.9"\n"0","eman_update","other","x","1"\n'
+    )
+    assert gpu.findings("ncu", log) == ["eman_update 0: time 104.2 us, read 204.9 Mbyte"]
+
+
+def test_the_table_of_the_variants():
+    variants = pytest.importorskip("variants")
+    row = {"model": "m", "elements": 1000, "by the rule": False}
+    rows = [row | {"method": "flat copy", "chunk": None, "median_ms": 0.5}]
+    rows += [
+        row | {"method": "cuda", "chunk": c, "median_ms": c / 1e6, "by the rule": c == 8192} for c in variants.CHUNKS
+    ]
+    rows[-1] = row | {"method": "cuda", "chunk": 32768, "why_not": "other bits"}
+    lines = variants.table_of(rows).splitlines()
+    assert lines[2].split() == ["flat", "copy", "500.0"]
+    assert lines[3].split() == ["cuda", "2.0", "4.1", "8.2*", "16.4", "none"]
+    assert lines[4] == "  cuda, 32768: other bits"
 
 
 # ---------------------------------------------------------------- two reports side by side

@@ -1,12 +1,14 @@
 """What only a GPU shows: streams, devices, synchronisation, graphs, launches. The bits are in test_backends.py."""
 
+import contextlib
 import copy
+import sys
 import types
+import warnings
 
 import pytest
 import torch
-import torchvision
-from conftest import assert_same_bits, exchange, lerp
+from conftest import assert_same_bits, exchange, lerp, no_waiting, profiled, refused_in_a_capture
 from torch import nn
 
 import eman_kernels
@@ -35,13 +37,18 @@ def backend(request):
     return request.param
 
 
+def resnet(depth):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed: pip install '.[test]'")
+    return getattr(torchvision.models, f"resnet{depth}")()
+
+
 def pair(elements=100_003, device="cuda"):
     return torch.randn(elements, device=device), torch.randn(elements, device=device)
 
 
 @pytest.mark.cuda
 def test_a_whole_resnet_in_one_launch(backend):
-    student = torchvision.models.resnet50().cuda()
+    student = resnet(50).cuda()
     teacher = EMANTeacher(student, momentum=0.99, backend=backend)
     student.train()(torch.randn(4, 3, 64, 64, device="cuda"))
     with torch.no_grad():
@@ -78,11 +85,8 @@ def test_it_runs_on_the_current_stream_and_does_not_wait(backend):
 def test_no_synchronising_call(backend):
     teacher, student = pair()
     ema_update_([teacher], [student], 0.5, backend=backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         ema_update_([teacher], [student], 0.5, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda
@@ -144,7 +148,7 @@ def test_a_captured_graph_replays_with_a_schedule(backend):
 def launches(run):
     """The names of what ran on the device."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with profiled(torch.profiler.ProfilerActivity.CUDA) as profile:
         run()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -155,7 +159,7 @@ def launches(run):
     "options", [{"rounding": "stochastic", "dtype": torch.bfloat16}, {"cast": torch.bfloat16}, {"nonfinite": "skip"}]
 )
 def test_one_launch_whatever_the_options(backend, options):
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teacher = EMANTeacher(student, momentum=0.9, backend=backend, **options)
     teacher.update(student)
     names = launches(teacher.update)
@@ -166,7 +170,7 @@ def test_one_launch_whatever_the_options(backend, options):
 
 @pytest.mark.cuda
 def test_one_launch_for_several_teachers_and_for_a_swap(backend):
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teachers = EMANTeachers(student, [0.9, 0.99, 0.999], backend=backend)
     teachers.update(student)
     assert len(launches(teachers.update)) == 1
@@ -189,13 +193,10 @@ def test_found_inf_is_not_waited_for(backend):
         student[0].weight += 1
     before = teacher.module[0].weight.clone()
     found_inf.fill_(1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.cuda._sleep(SLEEP)
         teacher.update(student, found_inf=found_inf)
         assert not torch.cuda.current_stream().query(), "update() waited for the device"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(teacher.module[0].weight, before)
     assert teacher.step == 1
     found_inf.zero_()
@@ -229,12 +230,12 @@ def test_what_a_captured_graph_would_repeat_is_refused(backend):
     for options in ({"momentum": schedules.WarmUp(0.9)}, {"rounding": "stochastic", "dtype": torch.bfloat16}):
         teacher = EMANTeacher(student, backend=backend, **options)
         teacher.update(student)
-        with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with refused_in_a_capture("capturable=True"):
             teacher.update(student)
     teacher = EMANTeacher(student, momentum=0.9, backend=backend)
     found_inf = torch.zeros((), device="cuda")
     teacher.update(student)
-    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with refused_in_a_capture("before the capture"):
         teacher.update(student, found_inf=found_inf)
 
 
@@ -250,9 +251,7 @@ def test_a_momentum_on_another_device_than_the_teacher(backend):
 @pytest.mark.cuda
 def test_a_plan_is_not_made_during_capture(backend):
     teacher, student = pair()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="before a CUDA graph is captured"), torch.cuda.graph(graph):
+    with refused_in_a_capture("before a CUDA graph is captured"):
         ema_update_([teacher], [student], 0.5, backend=backend)
 
 
@@ -274,7 +273,7 @@ def test_both_backends_give_the_same_bits():
     for name in ("cuda", "triton"):
         if reason := eman_kernels.available_backends()[name]:
             pytest.skip(f"backend {name}: {reason}")
-    student = torchvision.models.resnet18().cuda()
+    student = resnet(18).cuda()
     teachers = [EMANTeacher(student, 0.9, backend=name) for name in ("cuda", "triton")]
     for _ in range(20):
         with torch.no_grad():
@@ -349,6 +348,7 @@ class Table:
 def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
     extension, table = Calls(), Table()
     stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 76 + index, raising=False)
     monkeypatch.setattr(cuda, "C", extension)
     monkeypatch.setattr(backends.extension, "C", extension)
     monkeypatch.setattr(plan, "_captured_tables", kept := [])
@@ -378,8 +378,111 @@ def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
         ("update_cuda", (4096, [0.0] * 5, momenta | options | {"step": 4}), 1, True, 1, 77),
         ("update_cuda", (4096, [0.5] * 5, options | addresses), 1, True, 1, 77),
     ]  # fmt: skip
-    assert table.streams == ([] if capturing else 6 * [stream])
-    assert len(kept) == 6 * capturing
+    # Once each: the allocator asks the stream when the memory goes, and a captured table's never does.
+    assert table.streams == ([] if capturing else 2 * [stream])
+    assert kept == ([table, table] if capturing else [])
+
+
+def test_what_a_step_calls(monkeypatch):
+    """By Python's own count: nothing that makes a stream's object, waits, or asks what a step need not know."""
+    handle, capturing, extension, table = 0, False, Calls(), Table()
+    monkeypatch.setattr(cuda, "C", extension)
+    monkeypatch.setattr(backends.extension, "C", extension)
+    monkeypatch.setattr(plan, "_captured_tables", kept := [])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: handle, raising=False)
+
+    def stream_object(device):
+        return handle
+
+    def is_current_stream_capturing():
+        return capturing
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_object)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_current_stream_capturing)
+    work = plan.Work(torch.device("cuda", 0), reference, [], {})
+    work.table, work.n_pieces, work.streams = table, len(table), {0}  # as if made on the default stream
+
+    def step():
+        seen = []
+
+        def profile(frame, event, argument):
+            if event in ("call", "c_call"):
+                seen.append(argument.__name__ if event == "c_call" else frame.f_code.co_name)
+
+        call = plan.Call([0.5])
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            cuda.run(work, call, [])
+        finally:
+            sys.setprofile(before)
+        return len([name for name in seen if name not in ("__getattr__", "append", "setprofile")]), seen
+
+    steady, seen = step()
+    assert steady <= 10, seen
+    assert not {"stream_object", "record_stream", "is_current_stream_capturing"} & set(seen)
+    handle = 5
+    first, again = step()[1], step()[1]
+    assert {"stream_object", "record_stream", "is_current_stream_capturing"} <= set(first)
+    assert not {"stream_object", "record_stream"} & set(again)
+    assert table.streams == [5]
+    capturing = True
+    step(), step()
+    assert kept == [table]
+    capturing = False
+    assert step()[0] == steady
+
+
+@pytest.mark.parametrize("left_by", [None, KeyError])
+def test_nothing_stays_forbidden(monkeypatch, left_by):
+    """The first call of the mode warns, and warnings are errors; an exception within ends it too."""
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if len(modes) == 1:
+            warnings.warn("Synchronization debug mode is a prototype feature and does not detect all", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with contextlib.suppress(KeyError), no_waiting():
+        assert modes == ["error"]
+        if left_by:
+            raise left_by
+    assert modes == ["error", "default"]
+
+    def fail(mode):
+        modes.append(mode)
+        if mode == "error":
+            raise RuntimeError
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", fail)
+    with pytest.raises(RuntimeError), no_waiting():
+        pass
+    assert modes[2:] == ["error", "default"]
+
+
+def test_a_refusal_leaves_no_capture_behind(monkeypatch):
+    """Neither an exception nor an empty graph reaches the end of torch's context."""
+    captured, ended = [], []
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, kind, *rest):
+            ended.append((kind, len(captured)))
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "_sleep", captured.append)
+    with refused_in_a_capture("before the capture"):
+        raise RuntimeError("update() once before the capture")
+    with pytest.raises(pytest.fail.Exception), refused_in_a_capture("before"):
+        pass
+    assert ended[0] == (None, 1)
 
 
 def test_why_the_cuda_backend_cannot(monkeypatch):

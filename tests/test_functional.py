@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torchvision
-from conftest import assert_same_bits, lerp
+from conftest import assert_same_bits, lerp, profiled
 from torch import nn
 
 import eman_kernels
@@ -224,7 +224,7 @@ def test_no_walk_and_no_state_dict_in_a_step(monkeypatch):
 
     for name in ("named_modules", "state_dict", "named_parameters", "named_buffers", "parameters", "buffers"):
         monkeypatch.setattr(nn.Module, name, forbidden)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with profiled(torch.profiler.ProfilerActivity.CPU) as profile:
         eman_update_(teacher, student, 0.9)
     if eman_kernels.available_backends()["cpu"] is None:
         assert [event.key for event in profile.key_averages() if event.key.startswith("aten::")] == []

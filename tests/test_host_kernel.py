@@ -34,20 +34,23 @@ MILLION = 1_000_000
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-@pytest.fixture(scope="module")
-def host_kernel(tmp_path_factory):
+def build(folder, *sources, flags=()):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no g++ or clang++ on PATH")
-    program = tmp_path_factory.mktemp("host_kernel") / "host_kernel"
-    sources = [HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp"]
-    command = [compiler, *FLAGS, *WARNINGS, *SANITIZERS, f"-I{CSRC}", *sources, "-o", program]
+    program = folder / "program"
+    command = [compiler, *FLAGS, *WARNINGS, *SANITIZERS, *flags, f"-I{CSRC}", f"-I{HERE}", *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"{compiler} has no sanitizer libraries: {built.stderr.strip().splitlines()[-1]}")
     assert built.returncode == 0, built.stderr
     assert "warning" not in built.stderr, built.stderr
     return program
+
+
+@pytest.fixture(scope="module")
+def host_kernel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("host_kernel"), HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp")
 
 
 def run(program, kernel, cases, momentum):
@@ -117,6 +120,36 @@ def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
         code, teacher, student, offsets = case
         want = lerp(teacher, student, momentum) if code <= max(PAIR_CODES.values()) else student
         assert_same_bits(got, want, f"{kernel}, pair {code}, {len(want)} elements, offsets {offsets}")
+
+
+@pytest.mark.parametrize(("in_flight", "threads"), [(2, 256), (4, 512)])
+def test_more_pairs_in_flight_and_more_threads(tmp_path, in_flight, threads):
+    """What benchmarks/variants.py builds."""
+    flags = [f"-DEMAN_IN_FLIGHT={in_flight}", f"-DEMAN_THREADS={threads}"]
+    program = build(tmp_path, HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp", flags=flags)
+    cases = every_case()
+    for case, [(got, _)] in zip(cases, run(program, "cuda", cases, 0.3)[0], strict=True):
+        code, teacher, student, offsets = case
+        want = lerp(teacher, student, 0.3) if code <= max(PAIR_CODES.values()) else student
+        assert_same_bits(got, want, f"pair {code}, {len(want)} elements, offsets {offsets}")
+
+
+def test_a_launch_is_blamed_for_its_own_error_only(tmp_path):
+    """An error is thrown once, and left for nobody; the caller's device stays."""
+    flags = ["-DEMAN_WITH_CUDA", "-x", "c++"]
+    done = subprocess.run([build(tmp_path, HERE / "host_launch.cpp", flags=flags)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    begin = "eman_kernels: the launch of eman"
+    no_image = "failed on cuda:1: cudaErrorNoKernelImageForDevice: in words; device 0, last error 0"
+    invalid = "cudaSetDevice failed on cuda:99: cudaErrorInvalidDevice: in words; device 0, last error 0"
+    assert done.stdout.splitlines() == [
+        f"no such device: eman_kernels: {invalid}",
+        "after it: 3 blocks; device 0, last error 0",
+        f"no image: {begin}_swap {no_image}",
+        f"no image at all: eman_kernels: loading eman_update {no_image}",
+        "another's error: 4 blocks; device 0, last error 1",
+        "nothing to do: 0 blocks; device 0, last error 1",
+    ]
 
 
 @pytest.mark.parametrize("kernel", ["cuda-general", "cpu-general"])

@@ -1,10 +1,11 @@
 """The chunk table's properties, which pairs get into it, and that no stale address is written through."""
 
 import tracemalloc
+import types
 
 import pytest
 import torch
-from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned
+from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned, profiled, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from eman_kernels import backends, ema_update_, eman_update_, plan_for
 from eman_kernels.backends import extension, reference
 from eman_kernels.pairing import Pair, pair_lists
-from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, MAX_TEACHERS, PAIR_CODES, VECTOR16, table
+from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, MAX_TEACHERS, PAIR_CODES, VECTOR16, chunk_size, table
 
 numels = st.one_of(st.integers(0, 40), st.integers(CHUNK_SIZE - 9, CHUNK_SIZE + 9), st.integers(0, 5 * CHUNK_SIZE))
 dtypes = st.sampled_from([*EMA_PAIRS, *((dtype, dtype) for dtype in COPY_DTYPES)])
@@ -81,14 +82,44 @@ def test_codes_and_layout_are_those_of_chunk_h():
     mine = {f"{names[teacher]}<-{names[student]}": code for (_, teacher, student), code in PAIR_CODES.items()}
     mine |= {f"uint{8 * width}_t": code for width, code in COPY_CODES.items()}
     assert mine == C.pair_codes
-    assert (C.chunk_bytes, C.chunk_size, C.max_teachers) == (32, CHUNK_SIZE, MAX_TEACHERS)
+    assert (C.chunk_bytes, C.max_teachers) == (32, MAX_TEACHERS)
+
+
+@pytest.mark.parametrize(
+    ("numel", "multiprocessors", "size"),
+    [  # 132 SMs: an H100
+        (1_471_994, 132, 4096),  # WideResNet-28-2: 2,787 a chunk
+        (5_507_432, 132, 8192),  # MobileNetV3-large: 10,430
+        (25_610_152, 132, 16384),
+        (4 * 132 * 8192 - 1, 132, 4096),
+        (4 * 132 * 8192, 132, 8192),
+        (4 * 132 * 16384 - 1, 132, 8192),
+        (1, 132, 4096),
+        (0, 132, 4096),
+        (5_507_432, 40, 16384),
+        (1_471_994, None, CHUNK_SIZE),
+    ],
+)
+def test_the_size_of_a_chunk(numel, multiprocessors, size):
+    assert chunk_size(numel, multiprocessors) == size
+
+
+def test_a_table_on_a_gpu_is_cut_by_its_multiprocessors(monkeypatch):
+    monkeypatch.setattr("eman_kernels.plan._multiprocessors", lambda device: 10)
+    teachers = [torch.zeros(400_000) for _ in range(2)]
+    student = torch.zeros(400_000)
+    for n, lengths in ((1, 49), (2, 49)):  # 400,000 of the student in 8,192s
+        pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(teachers[:n])]
+        work = work_of(pairs, types.SimpleNamespace(TAKES_TABLE=True), torch.device("cpu"), n)
+        assert work.n_pieces == lengths
+        assert sum(packed & 0xFFFFFFFF for packed in work.table[:, 3].tolist()) == n * 400_000
 
 
 def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
     teacher, student = torch.zeros(10_000_000), torch.ones(10_000_000)
     ema_update_([teacher], [student], 0.5)
     tracemalloc.start()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with profiled(torch.profiler.ProfilerActivity.CPU, profile_memory=True) as profile:
         ema_update_([teacher], [student], 0.5)
     tracemalloc.stop()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())

@@ -9,6 +9,7 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import exchange
@@ -24,7 +25,6 @@ if backend.missing:
     pytest.skip(backend.missing, allow_module_level=True)
 
 
-@pytest.mark.skipif(VERSION < (3, 9), reason=f"the interpreter of triton {triton.__version__} rounds an fma twice")
 @pytest.mark.parametrize(
     ("file", "tests"),
     [
@@ -45,13 +45,15 @@ if backend.missing:
 )
 def test_interpreted(file, tests):
     """The tests of the backends once more, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", HERE / file]
     done = subprocess.run(
         [*command, "-k", "triton-interpreted"],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
+    if VERSION < (3, 8) and "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not run with numpy {np.__version__}")
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(rf"^{tests} passed, (\d+ skipped, )?\d+ deselected", done.stdout, re.M), done.stdout[-500:]
 
@@ -88,36 +90,41 @@ WIDE_STORES = 12 - 2
 
 
 def accesses_of(kernel):
-    """How many of which width in bytes, as ("ld", 16)."""
+    """How many of which width in bytes, as ("ld", 16). In PTX, where a loop's body stands once."""
     found = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
     return Counter((which, int(vector or 1) * int(bits) // 8) for which, vector, bits in found)
 
 
-def resources_of(kernel, tmp_path):
+def of_the_machine(kernel, tmp_path):
+    """What the assembler made of it: registers and memory, and how many of which instruction."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not cuobjdump.exists():
-        pytest.skip("this triton carries no cuobjdump: registers not counted")
+        pytest.skip("this triton carries no cuobjdump: machine code not looked at")
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    command = [cuobjdump, "--dump-resource-usage", cubin]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+
+    def said(option):
+        return subprocess.run([cuobjdump, option, cubin], capture_output=True, text=True, check=True).stdout
+
+    used = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said("--dump-resource-usage"))
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", said("--dump-sass"), re.M)
+    return {name: int(number) for name, number in used}, Counter(code)
+
+
+def count(code, start, *parts):
+    return sum(n for name, n in code.items() if name.startswith(start) and all(part in name for part in parts))
 
 
 @pytest.mark.parametrize("types", [{}, {"momenta": "*fp32"}, {"momenta": "*fp64"}, {"found_inf": "*fp32"}], ids=str)
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_ptx_and_registers_for_nvidia(arch, types, tmp_path):
+def test_machine_code_for_nvidia(arch, types, tmp_path):
     kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_OPTIONS, **types)
-    widths = accesses_of(kernel)
-    assert widths["ld", 16] >= WIDE_LOADS
-    assert widths["st", 16] >= WIDE_STORES
-    ptx = kernel.asm["ptx"]
-    assert not re.search(r"\b(ld|st)\.(?!global|param)\w", ptx), (
-        "an access that is not global: shared, local or generic"
-    )
-    assert "bar.sync" not in ptx
-    used = resources_of(kernel, tmp_path)
-    print(f"sm_{arch}:", used)
+    used, code = of_the_machine(kernel, tmp_path)
+    print(f"sm_{arch}:", used, sum(code.values()), "instructions")
+    assert count(code, "LDG", ".128") >= WIDE_LOADS
+    assert count(code, "STG", ".128") >= WIDE_STORES
+    assert count(code, "LD.") == count(code, "ST.") == 0, "generic accesses"
+    assert sum(count(code, name) for name in ("LDL", "STL", "LDS", "STS", "BAR")) == 0, "local or shared memory"
     assert used["REG"] <= 40
     assert used["STACK"] == used["SHARED"] == used["LOCAL"] == 0
 
@@ -135,7 +142,7 @@ def test_ptx_and_registers_for_nvidia(arch, types, tmp_path):
     ],
     ids=["stochastic", "stochastic, all on device", "skip", "cast", "three teachers", "swap"],
 )
-def test_ptx_and_registers_of_the_general_update(arch, general, types, tmp_path):
+def test_machine_code_of_the_general_update(arch, general, types, tmp_path):
     which = {"kernel": "eman_swap"} if general == "swap" else {"general": general}
     kernel = compiled("cuda", arch, 32, options=backend.NVIDIA_GENERAL_OPTIONS, **which, **types)
     n_teachers = 1 if general == "swap" else general[0]
@@ -147,12 +154,14 @@ def test_ptx_and_registers_of_the_general_update(arch, general, types, tmp_path)
         students, teachers, stores = 4 + 2 + 3, 4 + 2, WIDE_STORES - 1
         assert widths["ld", 16] == students + n_teachers * teachers
         assert widths["st", 16] == n_teachers * stores
-    used = resources_of(kernel, tmp_path)
-    print(f"sm_{arch}, {general}:", used)
+    used, code = of_the_machine(kernel, tmp_path)
+    print(f"sm_{arch}, {general}:", used, sum(code.values()), "instructions")
+    assert count(code, "LDG", ".128") >= widths["ld", 16]
+    assert count(code, "STG", ".128") >= widths["st", 16]
     assert used["REG"] <= 64
     assert used["STACK"] == used["LOCAL"] == 0
     # Only the sum of what was skipped goes through shared memory, once.
-    assert ("bar.sync" in kernel.asm["ptx"]) == ("skipped" in types)
+    assert (count(code, "BAR") > 0) == ("skipped" in types)
 
 
 def test_code_for_amd():
@@ -215,8 +224,11 @@ def test_what_is_launched(monkeypatch, name, warp):
         n_teachers, n_pieces = 1, 6
         general = stochastic = skip_nonfinite = casts = False
 
-        def keep_table(self):
-            launched.append("kept")
+        def current_stream(self):
+            return "stream"
+
+        def keep_table(self, stream):
+            launched.append(f"kept for the {stream}")
 
     guard = types.SimpleNamespace(device=lambda device: torch.no_grad())
     target = types.SimpleNamespace(backend=name, warp_size=warp)
@@ -225,13 +237,13 @@ def test_what_is_launched(monkeypatch, name, warp):
     monkeypatch.setattr(torch, "get_device_module", lambda device: guard)
     monkeypatch.setattr(backend, "current_target", lambda device: target)
     plain, general = (
-        ({"THREADS": 4 * warp} | (options if name == "cuda" else backend.OPTIONS))
+        ({"THREADS": backend.NUM_WARPS * warp} | (options if name == "cuda" else backend.OPTIONS))
         for options in (backend.NVIDIA_OPTIONS, backend.NVIDIA_GENERAL_OPTIONS)
     )
 
     backend.run(Work(), Call([0.75]), [])
     (grid, args, kwargs), kept = launched
-    assert (grid, kept) == ((6,), "kept")
+    assert (grid, kept) == ((6,), "kept for the stream")
     assert args[0] is Work.table
     assert args[1:] == (None, ((0.25, 0.0, 0.0),), None, None, None, None)
     assert kwargs == plain | {"GENERAL": None}

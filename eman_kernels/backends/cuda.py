@@ -38,13 +38,13 @@ def unavailable(device_type: str) -> str | None:
 
 
 def run(work, call, tensors) -> None:
-    stream = torch.cuda.current_stream(work.device).cuda_stream
+    stream = work.current_stream()
     launch = partial(C.update_cuda, call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
     at_once(launch, *call.counts)
-    work.keep_table()
+    work.keep_table(stream)
 
 
 def swaps(work, tensors):
-    stream = torch.cuda.current_stream(work.device).cuda_stream
-    work.keep_table()
+    stream = work.current_stream()
+    work.keep_table(stream)
     yield (partial(C.swap_cuda, work.table.data_ptr(), len(work.table), work.device.index, stream),)

@@ -312,9 +312,14 @@ def shard(network: nn.Module, on: DeviceMesh | None = None, **options: Any) -> n
 
 
 def sharded_pair(momentum: Any = MOMENTUM, on: DeviceMesh | None = None, **options: Any) -> tuple[nn.Module, EMANTeacher]:
-    student = uneven()
-    teacher = EMANTeacher(student, momentum, **options)
-    return shard(student, on), (shard(teacher.module, on), teacher)[1]
+    student, other = uneven(), uneven()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(torch.nan)
+    if "dtype" in options:
+        other.to(options["dtype"])
+    student = shard(student, on)
+    return student, EMANTeacher(student, momentum, module=shard(other, on), **options)
 
 
 def whole(network: nn.Module) -> dict[str, Tensor]:
@@ -440,26 +445,40 @@ def test_no_two_shards_draw_the_same_bits(world: World) -> None:
     world.run(draw_differently)
 
 
-def swap_sharded() -> None:
+def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, tensor in one.items():
+        assert_same_bits(other[name], tensor, name)
+
+
+def swap_sharded(kind: str) -> None:
     student, teacher = sharded_pair()
     for _ in steps(student):
         teacher.update(student)
     inputs = torch.randn(4, 7, device=device())
-    teacher(inputs), student.eval()(inputs)  # both are whole
-    before = whole(teacher.module), whole(student)
-    student(inputs)
+    averages, weights = whole(teacher.module), whole(student)
+    averaged = teacher(inputs)
+    before = student.eval()(inputs)  # now both are whole
     with teacher.swapped(student):
-        torch.testing.assert_close(student(inputs), (teacher.module.load_state_dict, teacher)[1] and student(inputs))
+        torch.testing.assert_close(student(inputs), averaged)
         assert is_whole(student)
-        within = whole(teacher.module), whole(student)
-    after = whole(teacher.module), whole(student)
-    for was, now in ((before[0], within[1]), (before[1], within[0]), (before[0], after[0]), (before[1], after[1])):
-        for name, tensor in was.items():
-            assert_same_bits(now[name], tensor, name)
+        assert_equal_states(whole(student), averages)
+        assert_equal_states(whole(teacher.module), weights)
+        # To checkpoints the teacher is itself.
+        own = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in teacher.state_dict().items()}
+        assert_equal_states(averages, {name.removeprefix("module."): tensor for name, tensor in own.items()})
+        if kind == "an error":
+            with pytest.raises(RuntimeError, match="swapped already"):
+                teacher.swap(student)
+        student(inputs), teacher(inputs)
+    torch.testing.assert_close(student(inputs), before)
+    assert_equal_states(whole(teacher.module), averages)
+    assert_equal_states(whole(student), weights)
+    teacher.update(student)
 
 
-def test_shards_are_swapped(world: World) -> None:
-    world.run(swap_sharded)
+@pytest.mark.parametrize("kind", ["plainly", "an error"])
+def test_shards_are_swapped(world: World, kind: str) -> None:
+    world.run(swap_sharded, kind)
 
 
 def placed(tensor: Tensor, placement: str, on: DeviceMesh) -> Tensor:
@@ -570,7 +589,7 @@ def autograd_notices() -> str | None:
     inputs = distribute_tensor(torch.randn(2, 8, device=device()), on, [Replicate()]).requires_grad_()
     loss = teacher(inputs).sum()
     with torch.no_grad():
-        eman_update_(teacher, student.requires_grad_(False), 0.5)
+        eman_update_(teacher, student, 0.5)
     return raised(loss.backward)
 
 

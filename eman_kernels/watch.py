@@ -50,8 +50,8 @@ class Watch:
                 return
             self._answers = self._answers_of(tensors)
             self._look = self._look_for_others
-        shards = distributed.shards(tensors)
-        self._shards = Watch([shards]) if shards else None
+        self._sharded = [i for i, tensor in enumerate(tensors) if distributed.is_distributed(tensor)]
+        self._shards = Watch([self._shards_of(tensors)]) if self._sharded else None
 
     def look(self, roots: Roots) -> list[Tensor] | None:
         """All tensors that the roots hold now, in an order that stays, and behind them the shards of those that are
@@ -59,7 +59,7 @@ class Watch:
         tensors = self._look(roots)
         if tensors is None or self._shards is None:
             return tensors
-        shards = self._shards.look([distributed.shards(tensors)])
+        shards = self._shards.look([self._shards_of(tensors)])
         return None if shards is None else tensors + shards
 
     def _look(self, roots: Roots) -> list[Tensor] | None:
@@ -69,6 +69,9 @@ class Watch:
     def _look_for_others(self, roots: Roots) -> list[Tensor] | None:
         tensors = self._compiled.look(roots)
         return None if tensors is None or self._answers_of(tensors) != self._answers else tensors
+
+    def _shards_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        return distributed.shards([tensors[i] for i in self._sharded])
 
     def _answers_of(self, tensors: list[Tensor]) -> list[object]:
         return _answers(tensors[i] for i in self._others)

@@ -144,7 +144,9 @@ def follow_statistics(how: str, rounding: str, dtype: torch.dtype | None) -> flo
                 expected[name] = lerp(expected[name], its[name], MOMENTUM) if follows else its[name].clone()
                 # Of four summands the order is the collective's own.
                 near = 1e-6 if how == "mean" and "running" in name and dist.get_world_size() > 2 else 0
-                torch.testing.assert_close(teacher.module.state_dict()[name].cpu(), expected[name].cpu(), rtol=near, atol=near)
+                torch.testing.assert_close(
+                    teacher.module.state_dict()[name].cpu(), expected[name].cpu(), rtol=near, atol=near
+                )
     assert gap > 1e-2, "the students' statistics do not differ, and the test shows nothing"
     assert teacher.step == 6
     if how != "none":
@@ -301,7 +303,9 @@ def test_one_process_has_nothing_to_sync() -> None:
 def uneven() -> nn.Sequential:
     """Dimensions of 10 and 3, of which some processes' shards are smaller than others', or empty."""
     torch.manual_seed(2)
-    network = nn.Sequential(nn.Linear(7, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Sequential(nn.Linear(10, 32), nn.ReLU()))
+    network = nn.Sequential(
+        nn.Linear(7, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Sequential(nn.Linear(10, 32), nn.ReLU())
+    )
     return network.append(nn.Linear(32, 3)).to(device())
 
 
@@ -311,7 +315,9 @@ def shard(network: nn.Module, on: DeviceMesh | None = None, **options: Any) -> n
     return fully_shard(network, mesh=on, **options)
 
 
-def sharded_pair(momentum: Any = MOMENTUM, on: DeviceMesh | None = None, **options: Any) -> tuple[nn.Module, EMANTeacher]:
+def sharded_pair(
+    momentum: Any = MOMENTUM, on: DeviceMesh | None = None, **options: Any
+) -> tuple[nn.Module, EMANTeacher]:
     student, other = uneven(), uneven()
     with torch.no_grad():
         for parameter in other.parameters():

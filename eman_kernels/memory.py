@@ -25,7 +25,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
-    """Each piece of teacher memory once; and empty shards. Raises ValueError where one is to follow two different students."""
+    """Each piece of teacher memory once, and empty shards. Raises ValueError where one is to follow two students."""
     first: dict[object, Pair] = {}
     for pair in pairs:
         if pair.teacher.numel() == 0 and pair.whole is None:  # an empty shard has its numbers

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from conftest import assert_same_bits, lerp
 from processes import World, why_none
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -545,7 +544,7 @@ def test_mismatched_meshes_are_an_error(worlds: Callable[[str, int], World], bac
 
 
 def new_shards() -> None:
-    """A shard that comes to lie elsewhere under the same DTensor, one that is placed otherwise, one that is replaced."""
+    """A shard that lies elsewhere under the same DTensor, one that is placed otherwise, one that is replaced."""
     on = mesh()
     networks = [nn.Linear(8, 8, bias=False).to(device()).requires_grad_(False) for _ in range(2)]
     for network in networks:

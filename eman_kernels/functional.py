@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, distributed
 from .caches import caching_modules, renew
 from .call import Call, Nonfinite, Rounding, call_of, check_modes
+from .distributed import SyncBuffers, check_sync
 from .known import Followed, known_lists, known_networks, networks_plan
 from .low_precision import LowPrecision
 from .pairing import Pair, Rule, check_lengths, check_order, named_tensors, pair_lists, pair_modules
@@ -32,6 +33,7 @@ def eman_update_(
     step: int | Tensor | None = None,
     nonfinite: Nonfinite = "propagate",
     skipped: Tensor | None = None,
+    sync_buffers: SyncBuffers = "none",
 ) -> None:
     """Let the teacher network follow the student: ``t <- t + (1 - m)(s - t)``, in place and in one pass.
 
@@ -63,6 +65,9 @@ def eman_update_(
         nonfinite: "propagate" NaNs and infinities of the student, or "skip" them: such an element keeps its teacher's
             value. A finite one then takes the place of a teacher's that is not finite. At momentum 1 nothing changes.
         skipped: a 0-d int64 tensor on the teacher's device, to which the number of skipped elements is added.
+        sync_buffers: "none", or, over all processes (of the student's DistributedDataParallel, if it is one), "mean":
+            the teacher follows the mean of the student's floating-point buffers; "rank0": those of the first process.
+            One collective operation of the buffers' size, in which all processes must take part; the student is read.
 
     Raises:
         ValueError: the networks differ (all differences are listed), share memory, an option is not known, or a tensor
@@ -79,10 +84,15 @@ def eman_update_(
 
         modes = {"backend": backend, "rounding": rounding, "seed": seed, "nonfinite": nonfinite}
         tensors = {"found_inf": found_inf, "step": step, "skipped": skipped}
+        if sync_buffers != "none":
+            sync = {"rules": rules, "buffers": buffers, "sync_buffers": sync_buffers}
+            return in_graph.outside(eman_update_, teacher, student, momentum, **sync, **tensors, **modes)
         return in_graph.eman_update_(teacher, student, momentum, rules or {}, buffers, **tensors, **modes)
     check_modes(rounding, seed, step is not None, nonfinite)
+    check_sync(sync_buffers)
     call = call_of([momentum], found_inf, seed, step, skipped)
-    update_networks([teacher], student, call, update_options(rules, buffers, backend, rounding, nonfinite))
+    options = update_options(rules, buffers, backend, rounding, nonfinite, sync_buffers)
+    update_networks([teacher], student, call, options)
 
 
 def ema_update_(
@@ -161,10 +171,16 @@ def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
 
 
 def update_options(
-    rules: Mapping[str, Rule] | None, buffers: Rule, backend: str | None, rounding: Rounding, nonfinite: Nonfinite
+    rules: Mapping[str, Rule] | None,
+    buffers: Rule,
+    backend: str | None,
+    rounding: Rounding,
+    nonfinite: Nonfinite,
+    sync_buffers: SyncBuffers,
 ) -> tuple[object, ...]:
     """What a plan of an update is for, besides the networks; the rules in their order."""
-    return "update", tuple(rules.items()) if rules else (), buffers, backends.requested(backend), rounding, nonfinite
+    own = tuple(rules.items()) if rules else ()
+    return "update", own, buffers, backends.requested(backend), rounding, nonfinite, sync_buffers
 
 
 def update_networks(
@@ -179,11 +195,21 @@ def update_networks(
     roots = [*teachers, student]
     for copy in copies:
         roots.append(copy.copies)
-    found = known.find(options, roots)
-    if found is None:
-        found = _follow(teachers, student, options, copies)
-        known.add(found[0])
+    known.statistics = statistics = distributed.statistics(known.statistics, options[-1], student)
+    if statistics is not None:
+        roots.append(statistics.means)
+    try:
+        found = known.find(options, roots) or known.find_sharded(options, roots)
+        if found is None:
+            found = _follow(teachers, student, options, copies, statistics)
+            known.add(found[0])
+    except Exception as error:
+        if statistics is not None:
+            statistics.exchange([], error)
+        raise
     followed, tensors = found
+    if statistics is not None:
+        statistics.exchange([tensors[i] for i in followed.buffers])
     plan = followed.plan
     if plan.stalls_below:
         _warn_of_a_stall(plan, call.momenta)
@@ -204,13 +230,17 @@ def _note_copies(copies: Sequence[LowPrecision], followed: Followed, tensors: li
 
 
 def _follow(
-    teachers: Sequence[nn.Module], student: nn.Module, options: tuple, copies: Sequence[LowPrecision]
+    teachers: Sequence[nn.Module],
+    student: nn.Module,
+    options: tuple,
+    copies: Sequence[LowPrecision],
+    statistics: distributed.Statistics | None,
 ) -> tuple[Followed, list[Tensor]]:
     for teacher in teachers:
         if teacher is student:
             raise ValueError("teacher and student are the same module; the teacher must be its copy.deepcopy")
         check_order([*teacher.parameters()], [*student.parameters()], "eman_update_(teacher, student, momentum)")
-    _, rules, buffers, backend, rounding, nonfinite = options
+    _, rules, buffers, backend, rounding, nonfinite, _ = options
     pairs = [
         replace(pair, group=group)
         for group, teacher in enumerate(teachers)
@@ -228,6 +258,10 @@ def _follow(
     }
     pairs = [replace(pair, cast=low.get(id(pair.teacher))) for pair in pairs]
     roots = [*teachers, student, *(copy.copies for copy in copies)]
+    means_of = []
+    if statistics is not None:
+        pairs, means_of = statistics.replace(pairs, student)
+        roots.append(statistics.means)
     watch = Watch(roots)
     tensors = watch.look(roots)
     written = {id(pair.teacher) for pair in pairs if pair.cast is not None}
@@ -238,6 +272,7 @@ def _follow(
         plan=_plan(pairs, tensors, backend, rounding, nonfinite),
         masters=[[number[id(master)] for master in its] for its in masters],
         along=[[i for i, master in enumerate(its) if id(master) in written] for its in masters],
+        buffers=[number[id(buffer)] for buffer in means_of],
         caching=[module for teacher in teachers for module in caching_modules(teacher)],
     ), tensors
 

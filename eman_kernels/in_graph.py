@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .caches import caching_modules, renew
 from .pairing import Rule, check_order, named_tensors, pair_modules
-from .teacher import EMANTeacher, check_turn
+from .teacher import EMANTeacher, check_turn, update_locked
 
 
 @torch.compiler.disable
@@ -68,6 +68,8 @@ def update(
     found_inf: Tensor | None,
 ) -> None:
     """EMANTeacher.update and EMANTeachers.update; the student is read once for each teacher."""
+    if teachers[0].sync_buffers != "none":
+        return outside(update_locked, teachers, student, momentum, found_inf)
     student = teachers[0]._followed(student)
     for teacher in teachers:
         check_turn(teacher)

@@ -6,6 +6,7 @@ from weakref import ref
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import distributed
 from .pairing import check_network
 from .plan import Plan
 from .watch import Roots, Watch, is_plain
@@ -26,6 +27,8 @@ class Followed:
     # For each low-precision copy, the numbers of the tensors that it is of, and which of its tensors the plan writes.
     masters: list[list[int]] = field(default_factory=list)
     along: list[list[int]] = field(default_factory=list)
+    # The numbers of the student's buffers that are to be in step over several processes.
+    buffers: list[int] = field(default_factory=list)
     caching: list[ref[nn.Module]] = field(default_factory=list)  # of the teachers: those that caches.renew is for
 
 
@@ -35,6 +38,7 @@ class Known:
     def __init__(self, *references: object) -> None:
         self.references = references
         self.plans: list[Followed] = []
+        self.statistics: distributed.Statistics | None = None
 
     def find(self, options: tuple[object, ...], roots: Roots) -> tuple[Followed, list[Tensor]] | None:
         """The plan of these options that is true of what the roots hold, and the tensors that they hold."""
@@ -44,6 +48,10 @@ class Known:
                     self.plans.insert(0, self.plans.pop(i))
                 return followed, tensors
         return None
+
+    def find_sharded(self, options: tuple[object, ...], roots: Roots) -> tuple[Followed, list[Tensor]] | None:
+        """`find`, once what a forward pass left whole is sharded again."""
+        return self.find(options, roots) if distributed.reshard(roots) else None
 
     def add(self, followed: Followed) -> None:
         self.plans.insert(0, followed)

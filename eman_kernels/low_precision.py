@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import distributed
 from .watch import Watch
 
 _versions = attrgetter("_version")
@@ -52,7 +53,8 @@ class LowPrecision:
             if was != now or storage.expired()
         ]
         with torch.no_grad():
-            torch._foreach_copy_([self.copies[i] for i in stale], [masters[i] for i in stale])
+            copies, fresh = ([distributed.local(its[i]) for i in stale] for its in (self.copies, masters))
+            torch._foreach_copy_(copies, fresh)
         self._see(masters)
 
     def written(self, masters: Sequence[Tensor], which: Sequence[int]) -> None:
@@ -66,6 +68,7 @@ class LowPrecision:
         self._seen[1][:] = [-1] * len(self.copies)
 
     def _make(self, master: nn.Module) -> list[Tensor]:
+        distributed.check_cast(master)
         watch = Watch([master])
         found = watch.look([master])
         at = {id(tensor): number for number, tensor in enumerate(found)}
@@ -111,6 +114,7 @@ def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:
     if cast is None:
         return
     _check_half(cast)
+    distributed.check_cast(module)
     tensors = chain(module.parameters(), module.buffers())
     widest = max((t.element_size() for t in tensors if t.is_floating_point()), default=0)
     if widest <= cast.itemsize:

@@ -25,10 +25,10 @@ def extent(tensor: Tensor) -> int:
 
 
 def without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
-    """Each piece of teacher memory once. Raises ValueError where one is to follow two different students."""
+    """Each piece of teacher memory once, and empty shards. Raises ValueError where one is to follow two students."""
     first: dict[object, Pair] = {}
     for pair in pairs:
-        if pair.teacher.numel() == 0:
+        if pair.teacher.numel() == 0 and pair.whole is None:  # an empty shard has its numbers
             continue
         known = first.setdefault(_place(pair.teacher), pair)
         if known.group != pair.group:
@@ -74,7 +74,7 @@ def check_memory(pairs: list[Pair]) -> None:
 
 
 def _place(tensor: Tensor) -> object:
-    if not is_plain(tensor):
+    if not is_plain(tensor) or not tensor.numel():
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 

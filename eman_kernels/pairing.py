@@ -51,6 +51,9 @@ class Pair:
     cast: Tensor | None = None  # the teacher tensor's low-precision copy, written along
     first: int = 0  # the number of its first element, by which stochastic rounding draws
     because: str = ""  # why it is copied although it could be averaged
+    # Of a shard: how many elements the whole tensor has, and the number of the shard's first among them.
+    whole: int | None = None
+    offset: int = 0
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backends
 from .backends import reference
 from .call import Call
+from .distributed import local_pairs
 from .interrupts import at_once
 from .memory import check_memory, extent, strides_of, without_ties_and_empties
 from .pairing import Pair, check
@@ -160,9 +161,11 @@ class Plan:
     ) -> None:
         at = {id(tensor): number for number, tensor in enumerate(tensors)}
         check([], [f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair, at))])
-        written = [pair.teacher for pair in pairs] + [pair.student for pair in pairs if pair.rule == "swap"]
-        # The numbers of those tensors, for increment_versions.
-        self.written = torch.tensor([at[id(tensor)] for tensor in written], dtype=torch.int64, device="cpu")
+        written = _written(pairs)
+        pairs = local_pairs(pairs)
+        # The numbers of those tensors, for increment_versions. A DTensor has a version besides its shard's.
+        written = {at[id(tensor)] for tensor in written + _written(pairs)}
+        self.written = torch.tensor(sorted(written), dtype=torch.int64, device="cpu")
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         self.because = {pair.name: pair.because for pair in pairs if pair.because}
         pairs = _numbered(without_ties_and_empties(pairs))
@@ -253,6 +256,10 @@ class Plan:
         lines += [f"  {name}: copied, because {reason}" for name, reason in self.because.items()]
         lines += [f"  {name}: by the reference, because {reason}" for name, reason in self.ineligible.items()]
         return "\n".join(lines)
+
+
+def _written(pairs: list[Pair]) -> list[Tensor]:
+    return [pair.teacher for pair in pairs] + [pair.student for pair in pairs if pair.rule == "swap"]
 
 
 def _fault(pair: Pair, at: dict[int, int]) -> str | None:
@@ -398,9 +405,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _numbered(pairs: list[Pair]) -> list[Pair]:
-    """With the numbers of their first elements: multiples of 8, the same whoever updates them."""
+    """With the numbers of their first elements: multiples of 8, the same whoever updates them, and over however many
+    processes they are sharded. Without empty shards."""
     numbered, first = [], 0
     for pair in pairs:
-        numbered.append(replace(pair, first=first))
-        first += (pair.teacher.numel() + 7) // 8 * 8
+        numel = pair.teacher.numel()
+        if numel:
+            numbered.append(replace(pair, first=first + pair.offset // 8 * 8))
+        first += ((numel if pair.whole is None else pair.whole) + 7) // 8 * 8
     return numbered

@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, distributed
 from .caches import caching_modules, renew
 from .interrupts import at_once
 from .known import Followed, known_networks
@@ -89,12 +89,13 @@ class Exchange:
 
     def own(self, tensor: Tensor) -> Tensor | None:
         """Where this teacher tensor's own value is, while it holds the student's; None if it was not exchanged."""
-        return self._own.get(id(tensor))
+        own = self._own.get(id(distributed.local(tensor)))
+        return own if own is None else distributed.placed_as(tensor, own)
 
     def _find(self) -> None:
         networks = [self._teacher, self._student]
         known = known_networks(*networks)
-        found = known.find(self._options, networks)
+        found = known.find(self._options, networks) or known.find_sharded(self._options, networks)
         if found is None:
             found = _follow(*networks, self._options)
             known.add(found[0])
@@ -107,7 +108,8 @@ class Exchange:
         places = [place for work in followed.plan.works for place in chain(*work.places.values())]
         exchanged = {place.teacher for place in places} | {place.student for place in places}
         self._names = [
-            {name: i for name, tensor in its.items() if (i := number.get(id(tensor))) in exchanged} for its in names
+            {name: number[id(t)] for name, t in its.items() if number.get(id(distributed.local(t))) in exchanged}
+            for its in names
         ]
         self._own = {id(self._tensors[place.teacher]): self._memory[place.student] for place in places}
         self._plan, self._there = followed.plan, Watch([self._memory])
@@ -122,7 +124,10 @@ class Exchange:
 
     def _give_back(self) -> str:
         """To tensors that the networks hold now, and did not when they were exchanged."""
-        if self._watch.look([self._teacher, self._student]) is not None:
+        networks = [self._teacher, self._student]
+        if self._watch.look(networks) is not None:
+            return ""
+        if distributed.reshard(networks) and self._watch.look(networks) is not None:
             return ""
         lost = []
         for who, network, names in zip(

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from .backends import requested
 from .call import Nonfinite, Rounding, as_found_inf, as_momentum, call_of, check_modes
 from .copying import adopted, copied
+from .distributed import SyncBuffers, check_sync
 from .follow import follow
 from .functional import update_networks, update_options
 from .low_precision import LowPrecision, check_cast, narrowed
@@ -65,6 +66,9 @@ class EMANTeacher(nn.Module):
             teacher's that is not finite; at momentum 1 nothing changes.
         capturable: keep the step on the teacher's device, so that an update in a captured CUDA graph advances it, and
             with it the schedule (which then gets the step as a 0-d float64 tensor) and stochastic rounding.
+        sync_buffers: of BatchNorm under DistributedDataParallel, where each process has statistics of its own: "mean",
+            the teachers follow the mean over the processes; "rank0", those of the first; "none" (default), each its
+            student's own. One collective operation an update, of some 200 kB for ResNet-50.
 
     Raises:
         ValueError: momentum or seed is out of range, or a rule, a backend, a mode or a dtype is not known or not fit.
@@ -95,10 +99,12 @@ class EMANTeacher(nn.Module):
         cast: torch.dtype | None = None,
         nonfinite: Nonfinite = "propagate",
         capturable: bool = False,
+        sync_buffers: SyncBuffers = "none",
     ) -> None:
         super().__init__()
         check_rules(rules or {}, buffers)
         check_modes(rounding, seed, True, nonfinite)
+        check_sync(sync_buffers)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, and is {dtype}")
         if not callable(momentum):
@@ -121,6 +127,7 @@ class EMANTeacher(nn.Module):
         self.dtype = dtype
         self.nonfinite = nonfinite
         self.capturable = capturable
+        self.sync_buffers = sync_buffers
         self.skipped: Tensor | None = None
         self._step: int | Tensor = 0
         self._copy: LowPrecision | None = None
@@ -378,7 +385,7 @@ class EMANTeachers(nn.Module):
             from . import in_graph
 
             return in_graph.update(list(self.teachers), student, None, found_inf)
-        _update_locked(list(self.teachers), student, found_inf)
+        update_locked(list(self.teachers), student, None, found_inf)
 
     def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
         """``EMANTeacher.follow`` for all teachers."""
@@ -408,17 +415,22 @@ class EMANTeachers(nn.Module):
 
 
 # What EMANTeachers do in one pass for all of them.
-_SHARED = ("rules", "buffer_rule", "backend", "rounding", "seed", "cast", "nonfinite", "capturable")
+_SHARED = ("rules", "buffer_rule", "backend", "rounding", "seed", "cast", "nonfinite", "capturable", "sync_buffers")
 
 
-def _update_locked(
-    teachers: list[EMANTeacher], student: nn.Module | None, found_inf: Tensor | None, locked: int = 0
+def update_locked(
+    teachers: Sequence[EMANTeacher],
+    student: nn.Module | None,
+    momentum: float | Tensor | None,
+    found_inf: Tensor | None,
+    locked: int = 0,
 ) -> None:
+    """`_update` when nobody else has a turn with any of the teachers."""
     if locked == len(teachers):
-        _update(teachers, student, None, found_inf)
+        _update(teachers, student, momentum, found_inf)
     else:
         with teachers[locked]._turn.lock:
-            _update_locked(teachers, student, found_inf, locked + 1)
+            update_locked(teachers, student, momentum, found_inf, locked + 1)
 
 
 def _update(
@@ -430,6 +442,7 @@ def _update(
     first = teachers[0]
     student = first._followed(student)
     check_modes(first.rounding, first.seed, True, first.nonfinite)
+    check_sync(first.sync_buffers)
     if found_inf is not None:
         found_inf = as_found_inf(found_inf)
     networks, momenta, counts = [], [], []
@@ -447,7 +460,9 @@ def _update(
         copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
     step = _known_step(first) if first.rounding == "stochastic" else None
     call = call_of(momenta, found_inf, first.seed, step, first.skipped, counts)
-    options = update_options(first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite)
+    options = update_options(
+        first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite, first.sync_buffers
+    )
     update_networks(networks, student, call, options, copies)
     for teacher in teachers:
         if teacher._student is None or teacher._student() is not student:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+from . import distributed
 from .backends import extension
 
 # What the loop calls of torch's stable C interface, in the order in which csrc/watch.cpp takes them.
@@ -40,20 +41,37 @@ class Watch:
         self._compiled = _compiled(roots)
         if self._compiled is None:
             self._seen = _seen(roots)
-            return
-        self._others = self._compiled.others
-        self.look = self._look_for_others if self._others else self._compiled.look
-        if self._others:
-            self._answers = self._answers_of(self._compiled.look(roots))
+            tensors = self._look(roots)
+        else:
+            tensors = self._compiled.look(roots)
+            self._others = self._compiled.others
+            if not self._others:
+                self.look = self._compiled.look
+                return
+            self._answers = self._answers_of(tensors)
+            self._look = self._look_for_others
+        self._sharded = [i for i, tensor in enumerate(tensors) if distributed.is_distributed(tensor)]
+        self._shards = Watch([self._shards_of(tensors)]) if self._sharded else None
 
     def look(self, roots: Roots) -> list[Tensor] | None:
-        """All tensors that the roots hold now, in an order that stays; None if anything is not as it was."""
+        """All tensors that the roots hold now, in an order that stays, and behind them the shards of those that are
+        DTensors; None if anything is not as it was."""
+        tensors = self._look(roots)
+        if tensors is None or self._shards is None:
+            return tensors
+        shards = self._shards.look([self._shards_of(tensors)])
+        return None if shards is None else tensors + shards
+
+    def _look(self, roots: Roots) -> list[Tensor] | None:
         tensors = [tensor for _, tensor in _held(roots) if tensor is not None]
         return tensors if _seen(roots) == self._seen else None
 
     def _look_for_others(self, roots: Roots) -> list[Tensor] | None:
         tensors = self._compiled.look(roots)
         return None if tensors is None or self._answers_of(tensors) != self._answers else tensors
+
+    def _shards_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        return distributed.shards([tensors[i] for i in self._sharded])
 
     def _answers_of(self, tensors: list[Tensor]) -> list[object]:
         return _answers(tensors[i] for i in self._others)
@@ -100,7 +118,11 @@ def _answers(tensors: Iterator[Tensor]) -> list[object]:
     """What each says of itself, and which of those that keep their address to themselves are one object."""
     answers: list[object] = []
     first: dict[int, int] = {}
+    kind = distributed.dtensor()
     for i, tensor in enumerate(tensors):
+        if isinstance(tensor, kind):
+            answers.append(distributed.spec(tensor))  # the rest its shard says
+            continue
         where: object = first.setdefault(id(tensor), i)
         shape, layout = None, tensor.layout
         if not isinstance(tensor, UninitializedTensorMixin):

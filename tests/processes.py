@@ -1,0 +1,94 @@
+"""Processes that torch.distributed connects, for the length of a test module: `World(...).run(work, ...)`."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+TIMEOUT = 60  # seconds
+# What takes seconds to import, once for all processes. None of it starts a thread or looks at a device.
+_PRELOADED = [
+    "pytest",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+
+
+def why_none(backend: str, size: int) -> str | None:
+    """Why there can be no such processes."""
+    if not dist.is_available() or not getattr(dist, f"is_{backend}_available")():
+        return f"torch was built without {backend}"
+    if backend == "nccl" and torch.cuda.device_count() < size:
+        return f"needs {size} CUDA GPUs; torch sees {torch.cuda.device_count()}"
+    try:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+    except OSError as error:
+        return f"no port can be opened: {error}"
+    return None
+
+
+class World:
+    """`size` processes of one group. Each runs the same work, and says what it returned or raised."""
+
+    def __init__(self, backend: str, size: int, folder: Path) -> None:
+        self.device, self.size = {"gloo": "cpu", "nccl": "cuda"}[backend], size
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        pipes = [context.Pipe() for _ in range(size)]
+        self._connections = [here for here, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(there, backend, rank, size, str(folder)), daemon=True)
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+        for _, there in pipes:
+            there.close()  # so that a process that has gone is seen as the end of its pipe
+
+    def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `work(*args)` returns in each process. Fails if it raises in one, or one does not answer in time."""
+        for connection in self._connections:
+            connection.send((work, args))
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(TIMEOUT):
+                self.stop()
+                raise AssertionError(f"process {rank} of {self.size} hangs")
+            answers.append(connection.recv())
+        if failed := [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]:
+            raise AssertionError("\n".join(failed))
+        return [answer for _, answer in answers]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection, backend: str, rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    file = f"file://{folder}/{backend}-{size}"
+    dist.init_process_group(backend, init_method=file, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+    while True:
+        work, args = connection.recv()
+        torch.manual_seed(0)
+        try:
+            answer = True, work(*args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        connection.send(answer)

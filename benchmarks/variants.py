@@ -76,7 +76,7 @@ def compiled_launch(extension: ModuleType, table: Tensor) -> Callable[[], None]:
 def triton_launch(warps: int, table: Tensor) -> Callable[[], None]:
     weights = (triton.parts(1.0 - MOMENTUM),)
     options = triton.NVIDIA_OPTIONS | {"num_warps": warps, "GENERAL": None, "THREADS": 32 * warps}
-    return lambda: triton.eman_update[(len(table),)](table, None, weights, None, None, None, None, **options)
+    return lambda: triton.kernels().eman_update[(len(table),)](table, None, weights, None, None, None, None, **options)
 
 
 def tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

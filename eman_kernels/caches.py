@@ -8,10 +8,14 @@ from weakref import ref
 
 from torch import nn
 
+# Methods that pass the mode on, as Module's own does, and keep nothing.
+_PASS_ON = {"torch.nn.modules.module.Module.train", "transformers.modeling_utils.PreTrainedModel.train"}
+
 
 def caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
     """Those whose class has a ``train`` of its own. It calls that of the modules in it, so that those are left out."""
-    if type(network).train is not nn.Module.train:
+    train = type(network).train
+    if f"{train.__module__}.{train.__qualname__}" not in _PASS_ON:
         return [ref(network)]
     return [found for child in network.children() for found in caching_modules(child)]
 

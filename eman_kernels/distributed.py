@@ -150,7 +150,7 @@ def check_cast(network: nn.Module) -> None:
 
 def check_sync(sync_buffers: str) -> None:
     """Raises ValueError for a way to keep buffers in step that is none."""
-    if sync_buffers not in get_args(SyncBuffers):
+    if sync_buffers != "none" and sync_buffers not in get_args(SyncBuffers):
         raise ValueError(f"sync_buffers={sync_buffers!r} is none of {', '.join(map(repr, get_args(SyncBuffers)))}")
 
 

@@ -82,7 +82,7 @@ def increment_versions(tensors: list[Tensor], numbers: Tensor) -> None:
 
     It does not see what a kernel writes: a backward pass that needs the old values is to raise.
     """
-    if not _reads_torch or not extension.C.bump_versions(tensors, numbers.data_ptr(), len(numbers)):
+    if not _reads_torch or not extension.C.bump_versions(tensors, numbers.data_ptr(), numbers.numel()):
         torch.autograd.graph.increment_version([tensors[i] for i in numbers.tolist()])
 
 

@@ -65,7 +65,7 @@ def _interpret_an_fma_as_one() -> None:
     InterpreterBuilder.create_fma = create_fma
 
 
-if INTERPRETED and backends.triton.missing is None:
+if INTERPRETED and backends.triton.missing() is None:
     _interpret_an_fma_as_one()
 
 

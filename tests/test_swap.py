@@ -525,3 +525,14 @@ def test_the_function_takes_buffers_too(student):
         assert torch.equal(student[1].running_mean, mean)
         assert torch.equal(student[0].weight, weight)
     eman_update_(teacher, student, 0.5)
+
+
+def test_models_that_pass_the_mode_on_cost_nothing():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from eman_kernels.caches import caching_modules
+
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = transformers.BertModel(config)
+    assert not caching_modules(model)
+    model.encoder.add_module("caching", Caching(2, 2))
+    assert [reference() for reference in caching_modules(model)] == [model.encoder.caching]

@@ -21,8 +21,8 @@ from eman_kernels.call import Call
 HERE = Path(__file__).parent
 triton = pytest.importorskip("triton", reason="triton is not installed")
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-if backend.missing:
-    pytest.skip(backend.missing, allow_module_level=True)
+if backend.missing():
+    pytest.skip(backend.missing(), allow_module_level=True)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def compiled(target, *arguments, options, kernel="eman_update", general=None, **
         signature |= dict.fromkeys(names, "constexpr") | by_value | types
         constants |= {name: None for name in names if signature[name] == "constexpr"} | {"GENERAL": general}
     source = ASTSource(
-        getattr(backend, kernel),
+        getattr(backend.kernels(), kernel),
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(0,): [["tt.divisibility", 16]]},
@@ -201,12 +201,13 @@ def test_asked_for_by_name_and_not_able(monkeypatch):
         backend.unavailable.cache_clear()
         return said
 
-    assert "pip install triton" in reason("cuda", missing="triton does not import; `pip install triton`")
     assert "no code for mps tensors" in reason("mps")
     if not torch.cuda.is_available():
         assert "torch.cuda.is_available() is False" in reason("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert reason("cuda") is None
+    says = "triton does not import; `pip install triton`"
+    assert reason("cuda", missing=lambda: says) == says
 
 
 @pytest.mark.parametrize(("name", "warp"), [("cuda", 32), ("hip", 64)])
@@ -233,7 +234,7 @@ def test_what_is_launched(monkeypatch, name, warp):
     guard = types.SimpleNamespace(device=lambda device: torch.no_grad())
     target = types.SimpleNamespace(backend=name, warp_size=warp)
     for kernel in ("eman_update", "eman_swap"):
-        monkeypatch.setattr(backend, kernel, Kernel())
+        monkeypatch.setattr(backend.kernels(), kernel, Kernel())
     monkeypatch.setattr(torch, "get_device_module", lambda device: guard)
     monkeypatch.setattr(backend, "current_target", lambda device: target)
     plain, general = (

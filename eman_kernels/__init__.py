@@ -10,13 +10,16 @@ from . import ops, schedules
 from .backends import available_backends
 from .checkpoints import load_ema_checkpoint
 from .functional import ema_update_, eman_update_, plan_for
+from .pairing import Rule
 from .swap import swapped
-from .teacher import EMANTeacher, EMANTeachers
+from .teacher import EMANTeacher, EMANTeachers, Momentum
 
 __version__ = "0.1.0"
 __all__ = [
     "EMANTeacher",
     "EMANTeachers",
+    "Momentum",
+    "Rule",
     "available_backends",
     "ema_update_",
     "eman_update_",

@@ -111,14 +111,14 @@ class EMANTeacher(nn.Module):
             as_momentum(momentum)
         requested(backend)
         if module is None:
-            self.module = copied(student).requires_grad_(False)
+            self.module: nn.Module = copied(student).requires_grad_(False)
         else:
             self.module = adopted(module, student, rules or {}, buffers, backend, keep_values)
         if dtype is not None:
             self.module.to(dtype)
         check_cast(self.module, cast)
         self.momentum = momentum
-        self.rules = dict(rules or {})
+        self.rules: dict[str, Rule] = dict(rules or {})
         self.buffer_rule = buffers
         self.backend = backend
         self.rounding = rounding

@@ -1,0 +1,131 @@
+"""A user's code. It is run, and passes mypy and pyright in their strict modes: test_types.py."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from eman_kernels import (
+    EMANTeacher,
+    EMANTeachers,
+    Momentum,
+    Rule,
+    available_backends,
+    ema_update_,
+    eman_update_,
+    plan_for,
+    schedules,
+    swapped,
+)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.norm(self.linear(x))
+        return output
+
+
+def falling(step: int | Tensor) -> float | Tensor:
+    """A schedule of one's own."""
+    return 0.5 / (step + 1)
+
+
+def evaluate(network: nn.Module) -> float:
+    output: Tensor = network(torch.ones(2, 4))
+    return output.detach().sum().item()
+
+
+def train() -> EMANTeacher:
+    student = Network()
+    teacher = EMANTeacher(
+        student,
+        momentum=schedules.WarmUp(0.999),
+        rules={"*.bias": "copy"},
+        buffers="ema",
+        backend="reference",
+        dtype=torch.float32,
+        rounding="nearest",
+        cast=torch.bfloat16,
+        nonfinite="skip",
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    handle = teacher.follow(optimizer, student, every=1, start=0)
+    for images in torch.randn(2, 8, 4):
+        targets: Tensor = teacher(images)
+        loss = nn.functional.mse_loss(student(images), targets.float())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # pyright: ignore[reportUnknownMemberType] (torch's own)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType] (torch's own)
+    handle.remove()
+    teacher.update(student, momentum=0.5, found_inf=torch.zeros(()))
+    teacher.update()
+    teacher.refresh()
+    teacher.step += 1
+    missed: int = 0 if teacher.skipped is None else int(teacher.skipped)
+    assert missed == 0
+    with teacher.swapped():
+        evaluate(student)
+    teacher.swap(student)
+    teacher.swap_back()
+    state = teacher.state_dict()
+    names: list[str] = list(state)
+    assert "module.linear.weight" in names
+    teacher.load_state_dict(state)
+    network: nn.Module = teacher.module
+    evaluate(network)
+    return teacher.train().eval()
+
+
+def train_several() -> list[int]:
+    student = Network()
+    momenta: list[Momentum] = [0.9, torch.tensor(0.99), schedules.Cosine(0.996, 100), falling]
+    teachers = EMANTeachers(student, momenta, rounding="nearest")
+    teachers.update(student, found_inf=None)
+    outputs: list[Tensor] = teachers(torch.ones(2, 4))
+    assert len(outputs) == len(teachers)
+    with teachers.swapped(0, student):
+        evaluate(student)
+    first: EMANTeacher = teachers[0]
+    assert first.step == 1
+    return [teacher.step for teacher in teachers]
+
+
+def by_hand() -> str:
+    teacher, student = Network(), Network()
+    rules: dict[str, Rule] = {"linear.*": "skip"}
+    eman_update_(teacher, student, 0.99, rules=rules, buffers="copy")
+    eman_update_(teacher, student, torch.tensor(0.99), rounding="stochastic", seed=1, step=2)
+    ema_update_([torch.zeros(3)], [torch.ones(3)], momentum=0.999, nonfinite="propagate")
+    ema_update_(list(teacher.parameters()), list(student.parameters()), 0.999)
+    with swapped(teacher, student, buffers="ema"):
+        evaluate(student)
+    plan = plan_for(teacher, student)
+    return "" if plan is None else plan.describe()
+
+
+def momenta() -> list[float]:
+    every: list[Callable[[int | Tensor], float | Tensor]] = [
+        schedules.Constant(0.9),
+        schedules.Cosine(0.996, steps=100),
+        schedules.WarmUp(0.999),
+        schedules.HalfLife(50_000, batch_size=256),
+        schedules.PowerFunction(0.05),
+    ]
+    return [float(schedule(7)) for schedule in every]
+
+
+def missing() -> dict[str, str]:
+    return {name: reason for name, reason in available_backends().items() if reason is not None}
+
+
+if __name__ == "__main__":
+    assert train().step == 5
+    assert train_several() == [1, 1, 1, 1]
+    assert by_hand()
+    assert len(momenta()) == 5
+    assert "reference" not in missing()

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench report methods gpu lint clean
+.PHONY: test bench report methods gpu docs lint clean
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -20,6 +20,10 @@ methods: .venv/.installed
 # No virtual environment and nothing downloaded: PYTHON is one that has torch, as containers and clusters do.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+
+# The API reference, from the docstrings.
+docs: .venv/.installed
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs eman_kernels
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

@@ -78,6 +78,12 @@ def eman_update_(
 
     Source: Cai et al., "Exponential Moving Average Normalization for Self-Supervised and Semi-Supervised Learning",
     CVPR 2021, equations 4 to 6.
+
+    >>> teacher, student = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    >>> _ = student.running_mean.fill_(1.0), student.num_batches_tracked.fill_(7)
+    >>> eman_update_(teacher, student, momentum=0.75)
+    >>> teacher.running_mean, teacher.num_batches_tracked
+    (tensor([0.2500, 0.2500]), tensor(7))
     """
     if torch.compiler.is_compiling():
         from . import in_graph
@@ -117,6 +123,11 @@ def ema_update_(
         teacher_tensors: tensors that are written.
         student_tensors: as many tensors of the same shapes.
         momentum and all others: as in ``eman_update_``; so are the errors.
+
+    >>> teacher = torch.zeros(2)
+    >>> ema_update_([teacher], [torch.ones(2)], momentum=0.75)
+    >>> teacher
+    tensor([0.2500, 0.2500])
     """
     if torch.compiler.is_compiling():
         from . import in_graph
@@ -166,7 +177,14 @@ def update_lists(
 
 
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
-    """The plan that the last update of this pair of networks used; ``print(plan_for(...).describe())``."""
+    """The plan that the last update of this pair of networks used, or None: which tensors are updated how, by which
+    backend, and which not by a kernel and why.
+
+    >>> teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> eman_update_(teacher, student, 0.999, backend="reference")
+    >>> print(plan_for(teacher, student).describe())
+    cpu: reference updates 2 tensors, 8 elements (2 ema float32 <- float32)
+    """
     return networks_plan(teacher, student)
 
 

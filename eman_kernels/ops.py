@@ -3,6 +3,11 @@
 Its schema says what it writes, so that ``torch.compile`` keeps it in its place between reads and other writes, and
 without a copy where inductor finds that none is needed. Registered as it is here, and not by
 ``torch.library.custom_op``, it leaves torch._dynamo alone, which is slow to import.
+
+>>> teacher = torch.zeros(2)
+>>> torch.ops.eman_kernels.ema_update_([teacher], [torch.ones(2)], torch.tensor(0.75))
+>>> teacher
+tensor([0.2500, 0.2500])
 """
 
 from collections.abc import Sequence

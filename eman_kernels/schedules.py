@@ -17,7 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Constant:
-    """momentum at every step."""
+    """momentum at every step.
+
+    >>> Constant(0.99)(1000)
+    0.99
+    """
 
     momentum: float
 
@@ -33,6 +37,10 @@ class Cosine:
     """BYOL's: from ``momentum`` at step 0 up to 1 at step ``steps`` and after.
 
     ``1 - (1 - momentum)(cos(pi k / steps) + 1) / 2``. Source: Grill et al., "Bootstrap your own latent", 2020.
+
+    >>> byol = Cosine(0.996, steps=100)
+    >>> [round(byol(step), 6) for step in (0, 50, 100)]
+    [0.996, 0.998, 1.0]
     """
 
     momentum: float
@@ -48,7 +56,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """``min(momentum, (1 + k) / (10 + k))``: 0.1 at first, 0.9 after 80 steps, 0.99 after 890."""
+    """``min(momentum, (1 + k) / (10 + k))``: 0.1 at first, 0.9 after 80 steps, 0.99 after 890.
+
+    >>> [WarmUp(0.99)(step) for step in (0, 80, 10_000)]
+    [0.1, 0.9, 0.99]
+    """
 
     momentum: float
 
@@ -65,6 +77,9 @@ class HalfLife:
 
     With ``batch_size`` (samples a step, over all processes), half_life is counted in samples, and stays right when the
     batch size changes.
+
+    >>> round(HalfLife(1000)(0) ** 1000, 6)
+    0.5
     """
 
     half_life: float
@@ -85,6 +100,10 @@ class PowerFunction:
     over the steps, as a share of the steps so far: 0.05 and 0.10 are usual, and of averages of two lengths
     (EMANTeachers) any between can be put together after the training. Source: Karras et al., "Analyzing and improving
     the training dynamics of diffusion models", 2024.
+
+    >>> schedule = PowerFunction(0.05)
+    >>> round(schedule.gamma, 2), round(schedule(1000), 4)
+    (16.97, 0.9822)
     """
 
     sigma_rel: float

@@ -214,6 +214,14 @@ def swapped(
     Raises:
         ValueError: as ``eman_update_``, or a dtype differs: it would not come back as it was.
         RuntimeError: on leaving, where a tensor of another shape has taken the place of one that was exchanged.
+
+    >>> teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.zeros_(teacher.weight), nn.init.ones_(student.weight)
+    >>> with swapped(teacher, student):
+    ...     student.weight.item()
+    0.0
+    >>> student.weight.item()
+    1.0
     """
     return Swapped(partial(Exchange, teacher, student, rules, buffers, backend, Turn()))
 

@@ -149,6 +149,13 @@ class EMANTeacher(nn.Module):
             momentum: for this update, instead of the teacher's own.
             found_inf: GradScaler's tensor, or any of one element: where it is not 0, the teacher and its step stay as
                 they are. On a GPU nothing waits for it; the step then lies on the device as well.
+
+        >>> student = nn.Linear(4, 4)
+        >>> teacher = EMANTeacher(student)
+        >>> teacher.update(student)
+        >>> teacher.update(found_inf=torch.ones(1))  # GradScaler has left out the optimizer's step
+        >>> teacher.step
+        1
         """
         if torch.compiler.is_compiling():
             from . import in_graph
@@ -176,6 +183,15 @@ class EMANTeacher(nn.Module):
 
         Raises:
             ValueError: every is below 1, or start below 0. TypeError: the optimizer is none.
+
+        >>> student = nn.Linear(4, 4)
+        >>> teacher = EMANTeacher(student)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> handle = teacher.follow(optimizer, student)
+        >>> student(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> teacher.step
+        1
         """
         return follow(self, optimizer, student, every, start)
 
@@ -196,11 +212,24 @@ class EMANTeacher(nn.Module):
     def swapped(self, student: nn.Module | None = None) -> Swapped:
         """A context within which the student holds the teacher's values, and the teacher the student's: see
         ``eman_kernels.swapped``. The teacher cannot be updated meanwhile; its ``state_dict()``, ``deepcopy`` and
-        ``torch.save`` have its own values all the same."""
+        ``torch.save`` have its own values all the same.
+
+        >>> student = nn.Linear(4, 4)
+        >>> teacher = EMANTeacher(student)
+        >>> with teacher.swapped(student):
+        ...     averaged = student(torch.ones(1, 4))
+        """
         return Swapped(partial(self._exchange_with, student))
 
     def swap(self, student: nn.Module | None = None) -> None:
-        """Enter ``swapped`` without ``with``, until ``swap_back()``: for hooks that come in pairs."""
+        """Enter ``swapped`` without ``with``, until ``swap_back()``: for hooks that come in pairs.
+
+        >>> student = nn.Linear(4, 4)
+        >>> teacher = EMANTeacher(student)
+        >>> teacher.swap(student)
+        >>> averaged = student(torch.ones(1, 4))
+        >>> teacher.swap_back()
+        """
         self._exchange_with(student).enter()
 
     def swap_back(self) -> None:

@@ -23,7 +23,7 @@ gpu:
 
 # The API reference, from the docstrings.
 docs: .venv/.installed
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs eman_kernels
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs eman_kernels eman_kernels.integrations
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

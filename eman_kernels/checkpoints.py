@@ -69,6 +69,13 @@ def load_ema_checkpoint(teacher: EMANTeacher, state_dict: Mapping[str, Any]) -> 
         RuntimeError: the teacher is swapped.
         ValueError: nothing matches the teacher, several places match it, or the one that does lacks tensors, has others
             or has other shapes, all of which are listed. Nothing has been written.
+
+    >>> student = nn.Linear(2, 2)
+    >>> averaged = torch.optim.swa_utils.AveragedModel(student)
+    >>> averaged.update_parameters(student)
+    >>> found = load_ema_checkpoint(EMANTeacher(student), averaged.state_dict())
+    >>> found.layout, found.step
+    ("torch's AveragedModel", 1)
     """
     leaves = _leaves(state_dict)
     shadows = [path for path, value in leaves.items() if f".{path}".endswith(".shadow_params") and type(value) is list]

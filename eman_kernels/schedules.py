@@ -130,6 +130,10 @@ class InverseGamma:
     0 up to s = 0, so that the first ``update_after_step + 1`` updates copy the student.
 
     With power 2/3 it is 0.999 after 31,600 updates, and 0.9999 after a million. Source: Crowson's notes in timm.
+
+    >>> schedule = InverseGamma(0.9999)
+    >>> [round(schedule(step), 4) for step in (0, 1, 31_600, 10_000_000)]
+    [0.0, 0.37, 0.999, 0.9999]
     """
 
     momentum: float = 0.9999
@@ -155,6 +159,9 @@ class Average:
     """The mean of all students so far, each counting alike (SWA): ``1 - 1 / (k + 1)``; the first update copies.
 
     Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
+
+    >>> [Average()(step) for step in (0, 1, 3)]
+    [0.0, 0.5, 0.75]
     """
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
@@ -167,6 +174,9 @@ class CopyFirst:
 
     For a teacher made before what makes the processes' students equal: DDP gives all of them the first one's weights,
     and a teacher that began at others is a different one in each process for long.
+
+    >>> [CopyFirst(0.99)(step) for step in (0, 1)]
+    [0.0, 0.99]
     """
 
     momentum: float | Callable[[int | Tensor], float | Tensor]

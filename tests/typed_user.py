@@ -13,6 +13,7 @@ from eman_kernels import (
     available_backends,
     ema_update_,
     eman_update_,
+    load_ema_checkpoint,
     plan_for,
     schedules,
     swapped,
@@ -76,6 +77,9 @@ def train() -> EMANTeacher:
     names: list[str] = list(state)
     assert "module.linear.weight" in names
     teacher.load_state_dict(state)
+    found = load_ema_checkpoint(teacher, state)
+    step: int | None = found.step
+    assert step == teacher.step
     network: nn.Module = teacher.module
     evaluate(network)
     return teacher.train().eval()
@@ -115,6 +119,9 @@ def momenta() -> list[float]:
         schedules.WarmUp(0.999),
         schedules.HalfLife(50_000, batch_size=256),
         schedules.PowerFunction(0.05),
+        schedules.InverseGamma(0.9999),
+        schedules.Average(),
+        schedules.CopyFirst(schedules.WarmUp(0.99)),
     ]
     return [float(schedule(7)) for schedule in every]
 
@@ -127,5 +134,5 @@ if __name__ == "__main__":
     assert train().step == 5
     assert train_several() == [1, 1, 1, 1]
     assert by_hand()
-    assert len(momenta()) == 5
+    assert len(momenta()) == 8
     assert "reference" not in missing()

@@ -15,6 +15,7 @@ import ninja
 import pybind11
 import pytest
 
+import eman_kernels
 from eman_kernels.backends import extension
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,27 @@ def sdist(tmp_path_factory):
     return made
 
 
+def test_the_extension_is_hardened():
+    """Linked so that nothing that can be written can be executed, nor the linker's pointers be written; CMakeLists.txt."""
+    if extension.missing:
+        pytest.skip(extension.missing)
+    headers = call(tool("readelf"), "--wide", "--segments", "--dynamic", extension.C.__file__).stdout
+    (stack,) = re.findall(r"GNU_STACK.* ([RWE]+) ", headers)
+    assert stack == "RW"
+    assert "GNU_RELRO" in headers
+    assert re.search(r"BIND_NOW|\bNOW\b", headers)
+    assert not re.search(r"LOAD.* RWE ", headers)
+
+
+def test_one_openmp_is_loaded_beside_torchs():
+    """torch's own libgomp, under whatever file name its wheel has it, is libgomp.so.1 to the loader."""
+    if extension.missing or "on" not in extension.C.openmp_status:
+        pytest.skip(extension.missing or extension.C.openmp_status)
+    code = "import eman_kernels; print(open('/proc/self/maps').read())"
+    maps = call(sys.executable, "-c", code).stdout
+    assert len(set(re.findall(r"/\S*libgomp\S*", maps))) == 1
+
+
 def wheel_of(sdist, out, **env):
     said = isolated(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, sdist, env=os.environ | env)
     (made,) = out.glob("*.whl")
@@ -207,7 +229,10 @@ def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_pat
     """Without torch there: the build requirements are all that is installed."""
     wheel, lines = wheel_of(sdist, tmp_path)
     assert wheel.stat().st_size < 5_000_000
-    extensions = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("eman_kernels/_C.")]
+    assert wheel.name.startswith(f"eman_kernels-{eman_kernels.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "eman_kernels/py.typed" in names
+    extensions = [name for name in names if name.startswith("eman_kernels/_C.")]
     assert len(extensions) == (0 if extension.missing else 1)
     said = run_from(wheel, tmp_path / "site", "eman_kernels")
     assert str(tmp_path) in said

@@ -1,7 +1,7 @@
 """`make report`: everything that this machine can measure, as JSON, tables and pictures.
 
 Writes <device>-<date>.json, after each measurement, then .md and .png into benchmarks/results; of a whole run on a CPU
-the summary goes into the README.
+the summary goes into both READMEs.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from tables import (
     embed,
     groups,
     growth_table,
+    in_short,
     instructions_table,
     of_kind,
     on_threads,
@@ -164,14 +165,23 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
     return "\n".join(parts)
 
 
-def block(rows: list[dict], stem: str) -> str:
-    """What the README shows of a report."""
+def conditions(rows: list[dict]) -> str:
     row, threads = rows[0], on_threads(max(key[2] for key in groups(rows)))
-    folder = f"benchmarks/results/{stem}"
-    head = (
+    return (
         f"{row['cpu']}, {threads}, torch {row['torch']}, {row['date']}: time over that of one `lerp_` on a flat "
-        f"vector of as many elements, float32, medians; quartiles and the rest are in [{stem}.md]({folder}.md)."
+        "vector of as many elements, float32, medians"
     )
+
+
+def short(rows: list[dict]) -> str:
+    """What the README shows of a report."""
+    return f"{conditions(rows)}.\n\n" + summary(rows, "float32", in_short(rows))
+
+
+def block(rows: list[dict], stem: str) -> str:
+    """What benchmarks/README.md shows of a report."""
+    folder = f"results/{stem}"
+    head = f"{conditions(rows)}; quartiles and the rest are in [{stem}.md]({folder}.md)."
     figures = [f"![{what}]({folder}-{name}.png)" for name, what in (
         ("float32", "One update by method and model, as a multiple of the limit"),
         ("growth", "Growth of the cost with the elements and with the tensors"),
@@ -206,7 +216,8 @@ def main() -> int:
     stem.with_suffix(".md").write_text(text(rows, pictures))
     whole = not (arguments.quick or arguments.model or arguments.dtype or arguments.method)
     if device.type == "cpu" and whole and arguments.out == HERE / "results":
-        README.write_text(embed(README.read_text(), "make report", block(rows, stem.name)))
+        for page, shown in ((README, short(rows)), (HERE / "README.md", block(rows, stem.name))):
+            page.write_text(embed(page.read_text(), "make report", shown))
     print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
     return int(bool(of_kind(rows, "failed")))
 

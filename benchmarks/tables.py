@@ -91,14 +91,14 @@ def rules_table(rows: list[dict]) -> str:
     return markdown(lines, ["method", *RULES]) + "".join(raised) + "\n" * bool(raised)
 
 
-def summary(rows: list[dict], dtype: str) -> str:
-    """x limit and milliseconds of each method and model, by the most threads."""
+def summary(rows: list[dict], dtype: str, only: list[str] | None = None) -> str:
+    """x limit and milliseconds of each method, or of those, and of each model, by the most threads."""
     threads = max(key[2] for key in groups(rows))
     chosen = {key[0]: found for key, found in groups(rows).items() if key[1:] == (dtype, threads)}
     kept = keepers(rows)
     measured = list(dict.fromkeys(row["method"] for found in chosen.values() for row in found if row.get("median_ms")))
     lines = []
-    for method in measured:
+    for method in filter(measured.__contains__, only or measured):
         cells = []
         for found in chosen.values():
             row = next(row for row in found if row["method"] == method)
@@ -106,6 +106,11 @@ def summary(rows: list[dict], dtype: str) -> str:
         name = f"**{method}**" if method.startswith(OURS) else method
         lines.append([name, "" if method in (LIMIT, COPY) else "yes" if method in kept else "no", *cells])
     return markdown(lines, ["method", "keeps the EMAN rule", *chosen])
+
+
+def in_short(rows: list[dict]) -> list[str]:
+    """The methods that matter: by hand, the fastest library that keeps the rule, ours, and the limit."""
+    return [LOOP, "foreach, lists kept", "timm ModelEmaV3", main_of_ours(of_kind(rows, "update")), LIMIT]
 
 
 def by_size(rows: list[dict], kind: str) -> dict[int, dict[str, dict]]:

@@ -349,12 +349,13 @@ def test_the_report(quick_report):
         assert f"({name})" in text
 
 
-def test_the_readme_shows_the_newest_report():
+def test_the_readmes_show_the_newest_report():
     report = pytest.importorskip("report", reason=f"matplotlib is not installed: {REMEDY}")
     newest = max((BENCHMARKS / "results").glob("cpu-*.json"))
     rows = json.loads(newest.read_text())
-    readme = (BENCHMARKS.parent / "README.md").read_text()
-    assert readme == tables.embed(readme, "make report", report.block(rows, newest.stem))
+    for folder, shown in ((BENCHMARKS.parent, report.short(rows)), (BENCHMARKS, report.block(rows, newest.stem))):
+        readme = (folder / "README.md").read_text()
+        assert readme == tables.embed(readme, "make report", shown)
     for name in ("float32", "growth"):
         assert newest.with_name(f"{newest.stem}-{name}.png").exists()
 

@@ -188,7 +188,7 @@ def sdist(tmp_path_factory):
 
 
 def test_the_extension_is_hardened():
-    """Linked so that nothing that can be written can be executed, nor the linker's pointers be written; CMakeLists.txt."""
+    """Nothing that can be written can be executed, and the loader's pointers are read-only once they are set."""
     if extension.missing:
         pytest.skip(extension.missing)
     headers = call(tool("readelf"), "--wide", "--segments", "--dynamic", extension.C.__file__).stdout

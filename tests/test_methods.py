@@ -777,7 +777,7 @@ def test_the_readme_shows_the_recorded_study():
     results = BENCHMARKS / "results"
     records = [json.loads(line) for line in (results / "methods.jsonl").read_text().splitlines()]
     rows = json.loads((results / "methods-shares.json").read_text())
-    readme = (BENCHMARKS.parent / "README.md").read_text()
+    readme = (BENCHMARKS / "methods" / "README.md").read_text()
     assert readme == tables.embed(readme, "study.py", findings.block(records, rows, "methods.png"))
     seeds = {(one["setting"], one["labels"], one["teacher"], one["seed"]) for one in records}
     assert len(seeds) == len(records)

@@ -18,7 +18,9 @@ REMEDY = "pip install '.[test]'"
 
 def run(*command, folder):
     """Not in the project's own folder, whose files would be looked at as the user's."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT, cwd=folder
+    )
     return done.returncode, done.stdout + done.stderr
 
 

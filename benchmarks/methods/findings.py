@@ -114,8 +114,8 @@ def conditions(records: list[Record]) -> str:
 
 
 def block(records: list[Record], shares: list[Record], picture: str) -> str:
-    """What the README shows of a study."""
-    figure = f"![Accuracy, precision and distance over the steps](benchmarks/results/{picture})\n"
+    """What methods/README.md shows of a study."""
+    figure = f"![Accuracy, precision and distance over the steps](../results/{picture})\n"
     return "\n".join([conditions(records), summary(records), figure, scope(shares), shares_table(shares)])
 
 

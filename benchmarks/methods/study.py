@@ -1,7 +1,7 @@
 """`make methods`: the three methods with each teacher, over seeds; a line of JSON a run, a table and pictures.
 
 A study that was interrupted goes on where it was: what its files in --out and --work have is not made again, so a new
-one wants a new folder. With --out benchmarks/results the README gets the tables as well.
+one wants a new folder. With --out benchmarks/results methods/README.md gets the tables as well.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def main() -> None:
     draw(records, picture)
     stem.with_suffix(".md").write_text(text(records, rows, picture.name))
     if arguments.out.resolve() == BENCHMARKS / "results":
-        readme = BENCHMARKS.parent / "README.md"
+        readme = BENCHMARKS / "methods" / "README.md"
         readme.write_text(embed(readme.read_text(), "study.py", block(records, rows, picture.name)))
     print(summary(records), shares_table(rows), f"written: {stem}.jsonl, .md, .png and -shares.json", sep="\n")
 

@@ -53,6 +53,7 @@ def train() -> EMANTeacher:
         rounding="nearest",
         cast=torch.bfloat16,
         nonfinite="skip",
+        sync_buffers="none",
     )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     handle = teacher.follow(optimizer, student, every=1, start=0)

@@ -49,7 +49,7 @@ def around_the_kernel(teacher: nn.Module, student: nn.Module, rounds: int) -> di
     making = []
     for _ in range(min(rounds, 10)):
         begin = time.perf_counter()
-        functional._follow([teacher], student, followed.options, [])
+        functional._follow([teacher], student, followed.options, [], None)
         making.append(time.perf_counter() - begin)
     host = host_times(lambda: eman_update_(teacher, student, MOMENTUM), followed.plan, rounds, "host")
     tables = [work.table for work in followed.plan.works if work.table is not None]

@@ -32,3 +32,17 @@ def test_every_error_that_it_explains_is_one_that_the_code_raises():
             continue  # CUDA's own word
         for part in re.split(r"backend 'cuda' | tensors on \.\.\.: |the found_inf is on", text):
             assert part in code, part
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    root = Path(__file__).parent.parent
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "csrc/README.md",
+        "benchmarks/README.md",
+        "benchmarks/methods/README.md",
+    ):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (root / page).read_text()):
+            assert (root / page).parent.joinpath(link).exists(), f"{page}: {link}"

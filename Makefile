@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench report methods gpu docs lint clean
+.PHONY: test bench report methods gpu docs mutants sanitize fuzz load coverage lint clean
 
 test: .venv/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -24,6 +24,24 @@ gpu:
 # The API reference, from the docstrings.
 docs: .venv/.installed
 	$(BIN)/python -m pdoc --docformat google --output-directory build/docs eman_kernels eman_kernels.integrations
+
+# Evidence that the tests can fail, and that the thing holds: trust/ says what each does. None of them needs a GPU.
+mutants: .venv/.installed
+	$(BIN)/python trust/mutants.py $(MUTANTS_ARGS)
+
+sanitize: .venv/.installed
+	$(BIN)/python trust/sanitize.py $(PYTEST_ARGS)
+
+fuzz: .venv/.installed
+	EMAN_KERNELS_FUZZ=$(or $(STEPS),100000) $(BIN)/python -m pytest -s tests/test_life.py
+	$(BIN)/python trust/fuzz.py $(FUZZ_ARGS)
+
+load: .venv/.installed
+	$(BIN)/python trust/load.py $(LOAD_ARGS)
+
+coverage: .venv/.installed
+	$(BIN)/pip install --quiet 'coverage>=7.10' gcovr
+	$(BIN)/python trust/coverage_report.py $(PYTEST_ARGS)
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

@@ -24,7 +24,7 @@ class LowPrecision:
     def __init__(self, dtype: torch.dtype) -> None:
         _check_half(dtype)
         self.dtype = dtype
-        self.tensors: dict[str, Tensor] = {}  # by every name that the master has for them
+        self.tensors: dict[str, Tensor] = {}  # by a name of each module that holds them
         self.copies: list[Tensor] = []  # each once
         self._watch: Watch | None = None
 
@@ -99,14 +99,14 @@ def narrowed(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
 
     BatchNorm stays in float32, which torch's takes beside half inputs, or in the half type itself.
     """
-    norms = {name for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
-    for name, tensor in chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    ):
-        is_norm = name.rpartition(".")[0] in norms
-        wanted = torch.float32 if is_norm and tensor.dtype != dtype else dtype
-        if tensor.is_floating_point() and tensor.element_size() >= dtype.itemsize and tensor.dtype != wanted:
-            yield name, tensor, wanted
+    # Each module once: exchanged under two names, its tensors would come back as copies.
+    for prefix, child in module.named_modules():
+        is_norm = isinstance(child, _BatchNorm)
+        own = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        for name, tensor in chain(child.named_parameters(**own), child.named_buffers(**own)):
+            wanted = torch.float32 if is_norm and tensor.dtype != dtype else dtype
+            if tensor.is_floating_point() and tensor.element_size() >= dtype.itemsize and tensor.dtype != wanted:
+                yield name, tensor, wanted
 
 
 def check_cast(module: nn.Module, cast: torch.dtype | None) -> None:

@@ -1,7 +1,8 @@
 """EMANTeacher and EMANTeachers: the teacher, or several, as a module."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from inspect import unwrap as undecorated
@@ -23,6 +24,7 @@ from .copying import adopted, copied
 from .distributed import SyncBuffers, check_sync
 from .follow import follow
 from .functional import update_networks, update_options
+from .loading import all_or_nothing
 from .low_precision import LowPrecision, check_cast, narrowed
 from .pairing import Rule, check_rules
 from .plan import MAX_TEACHERS
@@ -291,7 +293,8 @@ class EMANTeacher(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's, but with ``strict=False`` too something must match.
+        """As any module's, but all or nothing: where it raises, the teacher and its step are as they were. With
+        ``strict=False`` too something must match.
 
         Raises RuntimeError if nothing does, or while the teacher is swapped.
         """
@@ -302,7 +305,8 @@ class EMANTeacher(nn.Module):
                 f"{', '.join(list(state_dict)[:3]) or 'none'}; the teacher has {', '.join(sorted(own)[:3])}. A plain "
                 "network's goes into teacher.module"
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        with _all_or_nothing(self, [self]):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self._turn.exchange is not None:
@@ -420,6 +424,11 @@ class EMANTeachers(nn.Module):
         """``EMANTeacher.follow`` for all teachers."""
         return follow(self, optimizer, student, every, start)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's, but all or nothing, as an EMANTeacher's."""
+        with _all_or_nothing(self, self.teachers):
+            return super().load_state_dict(state_dict, strict, assign)
+
     @property
     def skipped(self) -> Tensor | None:
         """With nonfinite="skip": how many elements of the student were."""
@@ -503,6 +512,18 @@ def check_turn(teacher: EMANTeacher) -> None:
         raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
     if teacher._turn.unrestored:
         raise RuntimeError(f"{teacher._turn.unrestored}\nload_state_dict() makes the teacher whole again")
+
+
+@contextmanager
+def _all_or_nothing(module: nn.Module, teachers: Iterable[EMANTeacher]) -> Iterator[None]:
+    was = [(teacher, teacher.step, teacher._turn.unrestored) for teacher in teachers]
+    try:
+        with all_or_nothing(module):
+            yield
+    except BaseException:
+        for teacher, step, unrestored in was:
+            teacher.step, teacher._turn.unrestored = step, unrestored
+        raise
 
 
 def _check_shared(first: EMANTeacher, teacher: EMANTeacher) -> None:

@@ -1,5 +1,6 @@
 """The source of both kernels, CUDA's and the CPU's, compiled as host C++ and run under AddressSanitizer and UBSan."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -39,7 +40,20 @@ def build(folder, *sources, flags=()):
     if compiler is None:
         pytest.skip("no g++ or clang++ on PATH")
     program = folder / "program"
-    command = [compiler, *FLAGS, *WARNINGS, *SANITIZERS, *flags, f"-I{CSRC}", f"-I{HERE}", *sources, "-o", program]
+    more = os.environ.get("CXXFLAGS", "").split()
+    command = [
+        compiler,
+        *FLAGS,
+        *WARNINGS,
+        *SANITIZERS,
+        *flags,
+        *more,
+        f"-I{CSRC}",
+        f"-I{HERE}",
+        *sources,
+        "-o",
+        program,
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"{compiler} has no sanitizer libraries: {built.stderr.strip().splitlines()[-1]}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import values
 
-from eman_kernels import EMANTeacher, ema_update_
+from eman_kernels import EMANTeacher, available_backends, ema_update_
 from eman_kernels.backends import reference
 from eman_kernels.call import Call
 
@@ -164,3 +164,15 @@ def test_the_picture(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rounding.png").read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"mean error [+-]\d\.\d{4} %", done.stdout)) == 2 * len(benchmark.MOMENTA)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nan_of_any_payload_stays_one(backend, dtype):
+    """What is added at random must not carry out of a payload whose bits are all 1, into the sign."""
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    student = torch.full((1000,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    teacher = torch.ones(1000, dtype=dtype)
+    ema_update_([teacher], [student], 0.5, backend=backend, rounding="stochastic", step=0)
+    assert teacher.isnan().all()

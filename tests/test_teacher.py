@@ -382,6 +382,23 @@ def test_the_forward_is_of_the_teachers_own_modules(student):
     assert {name for name, _ in teacher.named_parameters()} == {"module.weight", "module.bias"}
 
 
+def test_a_module_under_two_names_keeps_its_tensors_when_it_runs_with_a_copy():
+    """What is exchanged under both would come back as the copy, which no update writes as the teacher's."""
+    layer = nn.Linear(4, 4)
+    student = nn.Sequential(layer, nn.Sequential(layer, nn.BatchNorm1d(4)))
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    held = list(teacher.module.parameters())
+    out = teacher(torch.ones(2, 4))
+    assert out.dtype == torch.bfloat16
+    assert [id(p) for p in teacher.module.parameters()] == [id(p) for p in held]
+    with torch.no_grad():
+        layer.weight.fill_(3)
+        teacher.module[0].weight.fill_(1)
+    teacher.update(student)
+    assert (teacher.module[0].weight == 2).all()
+    assert (teacher.module[1][0].weight == 2).all()
+
+
 def test_tied_weights_share_their_copy():
     student = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     student[1].weight = student[0].weight

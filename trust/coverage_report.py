@@ -1,0 +1,69 @@
+"""What the tests run of the package's Python and of csrc/ in a host build, in a copy of the project.
+
+    python trust/coverage_report.py [PYTEST'S ARGUMENTS]
+
+Fails below 95 % of lines of either. What is left out says why beside it: `# pragma: no cover - reason` in Python,
+GCOVR_EXCL in C++.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from project import build, copy_project, environment, pytest_command
+
+LEAST = 95
+CONFIG = """
+[run]
+source = eman_kernels
+branch = false
+parallel = true
+patch = subprocess
+disable_warnings = no-data-collected
+[report]
+show_missing = true
+skip_covered = true
+"""
+# Triton compiles its functions: no line of theirs is run by Python but in its interpreter, which copies them.
+CONFIG += "exclude_also =\n    @triton.jit[\\s\\S]*?(?=\\n\\n    @|\\Z)\n"
+
+
+def main(arguments: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder)
+        copy_project(project)
+        for old in project.glob("eman_kernels/_C*.so"):
+            old.unlink()
+        build(project, "--coverage -O1 -fprofile-update=atomic")
+        (project / ".coveragerc").write_text(CONFIG)
+        # tests/test_host_kernel.py compiles CUDA's kernels, and takes the usual variable.
+        env = environment(project, CXXFLAGS="--coverage -fprofile-update=atomic")
+        tests = pytest_command(f"--basetemp={project}/tmp", *arguments)
+        coverage = [sys.executable, "-m", "coverage"]
+        done = subprocess.run([*coverage, "run", *tests[1:]], cwd=project, env=env)
+        if done.returncode:
+            return done.returncode
+        subprocess.run([*coverage, "combine", "-q"], cwd=project, env=env, check=True)
+        python = subprocess.run([*coverage, "report", f"--fail-under={LEAST}"], cwd=project, env=env).returncode
+        cpp = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "gcovr",
+                "--root",
+                project,
+                "--filter",
+                f"{project}/csrc/",
+                f"--fail-under-line={LEAST}",
+                "--merge-mode-functions=merge-use-line-0",
+                "--gcov-ignore-errors=no_working_dir_found",
+                project,
+            ],
+            cwd=project,
+        ).returncode
+        return python or cpp
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

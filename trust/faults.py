@@ -1,0 +1,241 @@
+"""Faults that the tests must see: where, what is there, what a slip would make of it, and the tests that should fail.
+
+Tests are files under tests/, behind them pytest's `-k` if need be. A fault in csrc/ is built into the extension, but
+for tests/test_host_kernel.py, which compiles the kernels itself.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    path: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {' '.join(self.old.split())[:70]} -> {' '.join(self.new.split())[:70]}"
+
+
+MATH, CPU, CUDA = "csrc/ema_math.h", "csrc/eman_update_cpu.cpp", "csrc/eman_update.cuh"
+WATCH_CPP, PLAN, PAIRING = "csrc/watch.cpp", "eman_kernels/plan.py", "eman_kernels/pairing.py"
+TEACHER, SWAP, MEMORY = "eman_kernels/teacher.py", "eman_kernels/swap.py", "eman_kernels/memory.py"
+WATCH, LOW, TRITON = "eman_kernels/watch.py", "eman_kernels/low_precision.py", "eman_kernels/backends/triton_kernels.py"
+KNOWN, CALL, REFERENCE = "eman_kernels/known.py", "eman_kernels/call.py", "eman_kernels/backends/reference.py"
+FOREACH, EXTENSION = "eman_kernels/backends/foreach.py", "eman_kernels/backends/extension.py"
+
+HOST = "test_host_kernel.py"
+INTERPRETED = "test_triton.py -k interpreted"
+
+FAULTS = [
+    # ------------------------------------------------------------ the arithmetic of an element
+    Fault(MATH, "near_teacher = weight < Real(0.5)", "near_teacher = weight < Real(0.75)", HOST),
+    Fault(MATH, "(bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16", "bits >> 16", HOST),
+    Fault(MATH, "bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits + 0x8000u", HOST),
+    Fault(MATH, "infinite_or_nan : magnitude < (113u << 23) ?", "infinite_or_nan : magnitude < (112u << 23) ?", HOST),
+    Fault(MATH, "student == teacher || weight == Real(1)", "weight == Real(1)", HOST),
+    Fault(MATH, "(x.bits & 0x7C00u) != 0x7C00u", "(x.bits & 0x7800u) != 0x7800u", HOST),
+    Fault(MATH, "kRounds = 10", "kRounds = 9", HOST),
+    Fault(MATH, "element & 1 ? 16 : 0", "element & 1 ? 0 : 16", HOST),
+    Fault(MATH, "return weight.is_zero()", "return false", HOST),
+    Fault(MATH, "heals && !is_finite(teacher) ? s : t", "t", HOST),
+    Fault(MATH, "x != x ? 0x7FC0u : (bits_of(x) + random)", "(bits_of(x) + random)", "test_rounding.py"),
+    # ------------------------------------------------------------ the CPU kernel
+    Fault(CPU, "i < chunk.numel; ++i) teacher[i] = rule(", "i + 1 < chunk.numel; ++i) teacher[i] = rule(", HOST),
+    Fault(CPU, "chunk.extra + uint64_t{first} * sizeof(uint16_t)", "chunk.extra + uint64_t{first}", HOST),
+    Fault(CPU, "skipped += !is_finite(student[i])", "skipped += is_finite(student[i])", HOST),
+    Fault(CPU, "call.chunks + i * call.n_teachers", "call.chunks + i", HOST),
+    Fault(CPU, "chunk.extra + first, random", "chunk.extra, random", HOST),
+    Fault(CPU, "std::swap(teacher[i], student[i])", "teacher[i] = student[i]", HOST),
+    Fault(CPU, "if (chunk.flags & kCastToHalf)", "if (!(chunk.flags & kCastToHalf))", HOST),
+    Fault(CPU, "if (kSkips && !is_finite(student[i]))", "if (kSkips && !is_finite(teacher[i]))", HOST),
+    # ------------------------------------------------------------ the CUDA kernels
+    Fault(CUDA, "chunk.flags & kVector16 ? chunk.numel / kVector : 0", "chunk.numel / kVector", HOST),
+    Fault(CUDA, "i = vectors * kVector + threadIdx.x", "i = vectors * kVector + threadIdx.x + 1", HOST),
+    Fault(
+        CUDA,
+        "visit(Constant<kVector>(), Constant<1>(), v * kVector)",
+        "visit(Constant<kVector>(), Constant<1>(), v)",
+        HOST,
+    ),
+    Fault(CUDA, "(kN == 4 ? from & 4 : from) + i", "from + i / 2", HOST),
+    Fault(CUDA, "kept >> i & 1u ? was.at[i]", "kept & 1u ? was.at[i]", HOST),
+    Fault(CUDA, "store(chunk.student + offset, teacher);", "", HOST),
+    Fault(CUDA, "int64_t{call.n_teachers} * blockIdx.x", "blockIdx.x", HOST),
+    # ------------------------------------------------------------ the watch
+    Fault(
+        WATCH_CPP,
+        "same(sizes[i]) && same(strides[i])",
+        "same(sizes[i]) && (same(strides[i]) || true)",
+        "test_watch.py -k compiled",
+    ),
+    Fault(WATCH_CPP, "same(address(data)) &&", "(same(address(data)) || true) &&", "test_watch.py -k compiled"),
+    Fault(WATCH_CPP, "&& same(dtype) &&", "&& (same(dtype) || true) &&", "test_watch.py -k compiled"),
+    Fault(
+        WATCH_CPP,
+        "return same(address(name)) || PyUnicode_Compare",
+        "return same(address(name)) || true || PyUnicode_Compare",
+        "test_watch.py -k compiled",
+    ),
+    Fault(WATCH_CPP, "key == name ? value : PyDict_GetItem(dict, name)", "value", "test_watch.py test_life.py"),
+    Fault(
+        WATCH,
+        "where, layout = tensor.data_ptr(), tensor.stride()",
+        "where = tensor.data_ptr()",
+        "test_watch.py -k python",
+    ),
+    Fault(
+        WATCH,
+        "answers.append((where, shape, layout, tensor.dtype, tensor.device))",
+        "answers.append((where, shape, layout, tensor.device))",
+        "test_watch.py -k python",
+    ),
+    Fault(WATCH, "where: object = first.setdefault(id(tensor), i)", "where: object = i", "test_watch.py -k python"),
+    # ------------------------------------------------------------ the plan
+    Fault(
+        PLAN,
+        "for first in range(0, numel, chunk)",
+        "for first in range(0, numel - 1, chunk)",
+        "test_plan.py test_backends.py",
+    ),
+    Fault(PLAN, "student + first * student_bytes", "student + first * teacher_bytes", "test_plan.py test_backends.py"),
+    Fault(PLAN, "pieces.sort(key=lambda piece: -piece[0])", "", "test_plan.py"),
+    Fault(PLAN, "(addresses % 16 == 0) * VECTOR16", "(addresses % 8 == 0) * VECTOR16", "test_plan.py"),
+    Fault(PLAN, "        addresses |= extra\n", "", "test_plan.py test_general.py"),
+    Fault(
+        PLAN,
+        "first += ((numel if pair.whole is None else pair.whole) + 7) // 8 * 8",
+        "first += numel",
+        "test_general.py test_rounding.py",
+    ),
+    Fault(PLAN, "dtype, teacher.dtype] | COPIED << 16", "dtype, teacher.dtype]", "test_general.py test_nonfinite.py"),
+    Fault(PLAN, "if strides_of(teacher) != strides_of(student):", "if False:", "test_plan.py"),
+    Fault(
+        PLAN,
+        "if cast is not None and strides_of(teacher) != strides_of(cast):",
+        "if False:",
+        "test_plan.py test_teacher.py test_life.py",
+    ),
+    Fault(PLAN, "if extent(teacher) != teacher.numel():", "if False:", "test_plan.py"),
+    Fault(
+        PLAN,
+        "len({(pair.teacher.dtype, pair.rule) for pair in bundle}) > 1",
+        "False",
+        "test_general.py test_teacher.py test_life.py",
+    ),
+    Fault(PLAN, "if not self.works:\n            at_once(*call.counts)", "", "test_teacher.py test_life.py"),
+    # ------------------------------------------------------------ memory and pairs
+    Fault(MEMORY, "starts[at - 1] + width > start", "starts[at - 1] + width >= start", "test_plan.py test_pairing.py"),
+    Fault(
+        MEMORY,
+        "(_place(known.student), known.rule) != (_place(pair.student), pair.rule)",
+        "known.rule != pair.rule",
+        "test_plan.py test_pairing.py",
+    ),
+    Fault(MEMORY, "if stride <= reach:", "if stride < reach:", "test_plan.py test_pairing.py"),
+    Fault(MEMORY, "if known.group != pair.group:", "if False:", "test_teacher.py"),
+    Fault(MEMORY, 'pair.rule == "swap"),\n', "False),\n", "test_plan.py test_swap.py test_teacher.py"),
+    Fault(PAIRING, "while tensors and all(name.startswith", "while tensors and any(name.startswith", "test_pairing.py"),
+    Fault(
+        PAIRING,
+        "for pattern, rule in rules.items():\n            if",
+        "for pattern, rule in reversed(rules.items()):\n            if",
+        "test_pairing.py test_watch.py",
+    ),
+    Fault(PAIRING, 'if id(tensor) in is_buffer and buffers != "ema":', 'if buffers != "ema":', "test_pairing.py"),
+    Fault(PAIRING, "or teacher.is_complex() != student.is_complex()", "", "test_pairing.py"),
+    Fault(
+        PAIRING,
+        "and not any(s.requires_grad for s in student)",
+        "and not all(s.requires_grad for s in student)",
+        "test_pairing.py test_functional.py",
+    ),
+    Fault(PAIRING, 'if rule == "ema" and id(tensor) in states:', "if False:", "test_pairing.py test_situations.py"),
+    # ------------------------------------------------------------ the teacher
+    Fault(TEACHER, '"_step", step + 1', '"_step", step', "test_teacher.py"),
+    Fault(TEACHER, "(found_inf == 0).to(step.device)", "(found_inf != 0).to(step.device)", "test_teacher.py"),
+    Fault(TEACHER, "train(mode and sys._getframe(1).f_code is _UPDATE_BN)", "train(mode)", "test_teacher.py"),
+    Fault(
+        TEACHER,
+        "if teacher is not first:\n            _check_shared(first, teacher)",
+        "",
+        "test_teacher.py test_general.py",
+    ),
+    Fault(
+        TEACHER,
+        "    if teacher._turn.exchange is not None:\n        raise",
+        "    if False:\n        raise",
+        "test_teacher.py test_swap.py",
+    ),
+    Fault(
+        TEACHER,
+        "any(teacher._copy is not None for teacher in teachers)",
+        "all(teacher._copy is not None for teacher in teachers)",
+        "test_teacher.py test_general.py test_life.py",
+    ),
+    Fault(
+        TEACHER,
+        'step = _known_step(first) if first.rounding == "stochastic" else None',
+        "step = 0",
+        "test_teacher.py test_rounding.py",
+    ),
+    Fault(
+        TEACHER, "return new if new.dtype == tensor.dtype else tensor.to(new.device)", "return new", "test_teacher.py"
+    ),
+    # ------------------------------------------------------------ swaps
+    Fault(SWAP, "lost = self._give_back()", 'lost = ""', "test_swap.py"),
+    Fault(SWAP, "        increment_versions(self._memory, self._plan.written)\n", "", "test_teacher.py test_swap.py"),
+    Fault(
+        SWAP,
+        "            except BaseException:\n                self.leave()\n                raise",
+        "            except Exception:\n                self.leave()\n                raise",
+        "test_swap.py",
+    ),
+    Fault(SWAP, "        torch.clear_autocast_cache()\n", "", "test_swap.py"),
+    Fault(
+        REFERENCE,
+        "partial(student.copy_, teacher.clone())",
+        "partial(student.copy_, teacher)",
+        "test_swap.py test_general.py",
+    ),
+    # ------------------------------------------------------------ copies, plans that are known, calls
+    Fault(LOW, "if was != now or storage.expired()", "if was != now", "test_teacher.py"),
+    Fault(LOW, "            versions[i] = masters[i]._version\n", "            pass\n", "test_teacher.py"),
+    Fault(LOW, "torch.float32 if is_norm and tensor.dtype != dtype else dtype", "dtype", "test_teacher.py"),
+    Fault(KNOWN, "followed.options == options and", "", "test_watch.py"),
+    Fault(KNOWN, "        del self.plans[_PLANS:]\n", "", "test_watch.py"),
+    Fault(CALL, "(found_inf != 0).float()", "found_inf.float()", "test_teacher.py test_functional.py"),
+    Fault(CALL, "0.0 <= momentum <= 1.0:", "0.0 <= momentum:", "test_teacher.py test_functional.py"),
+    Fault("eman_kernels/caches.py", "                each.training = mode\n", "                pass\n", "test_swap.py"),
+    Fault(
+        "eman_kernels/interrupts.py",
+        "_exhaust(map(_call, calls))",
+        "[call() for call in calls]",
+        "test_swap.py -k interrupts",
+    ),
+    # ------------------------------------------------------------ the other backends
+    Fault(
+        REFERENCE, "if place.group == 0 and call.skipped is not None", "if call.skipped is not None", "test_general.py"
+    ),
+    Fault(
+        REFERENCE, "new = torch.where(call.found_inf != 0, teacher, new)", "pass", "test_teacher.py test_functional.py"
+    ),
+    Fault(FOREACH, "torch.where(where, student, teacher, out=teacher)", "pass", "test_nonfinite.py test_backends.py"),
+    Fault(FOREACH, "        elif weight == 0:\n            continue\n", "", "test_nonfinite.py test_backends.py"),
+    Fault(EXTENSION, "call.step & 0xFFFFFFFF", "call.step & 0xFFFF", "test_rounding.py test_general.py"),
+    Fault(
+        TRITON,
+        "tl.where(near_teacher, weight, weight - 1.0)",
+        "tl.where(near_teacher, weight, 1.0 - weight)",
+        INTERPRETED,
+    ),
+    Fault(
+        TRITON,
+        "_elements(teacher + at, student + at, weight, at < numel,",
+        "_elements(teacher + at, student + at, weight, at <= numel,",
+        INTERPRETED,
+    ),
+    Fault(TRITON, "flags & 2 != 0", "flags & 1 != 0", INTERPRETED),
+    Fault(TRITON, "// 8 + row.to(tl.uint64)", "// 8", INTERPRETED),
+    Fault(TRITON, "(4 if GENERAL is None else 4 * GENERAL[0])", "4", INTERPRETED),
+]

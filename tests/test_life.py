@@ -501,7 +501,7 @@ def test_any_life():
         derandomize="EMAN_KERNELS_FUZZ" not in os.environ,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate] + [Phase.shrink] * ("NOSHRINK" not in os.environ),
+        phases=[Phase.generate, Phase.shrink],
     )
     run_state_machine_as_test(Life, settings=how)
     print(f"{Life.steps} steps, {Life.updates} updates, {Life.refusals} of them refused")

@@ -9,18 +9,22 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from .distributed import check_share
 from .functional import ema_update_, eman_update_
-from .pairing import Rule, check_network, named_tensors, unwrap
+from .pairing import Rule, check, check_gathered, check_network, named_tensors, shared_tensors, unwrap
 from .watch import is_plain
 
 
-def copied(student: nn.Module) -> nn.Module:
-    """A deep copy of the student. Raises TypeError that says what stands in the way, and warns of a copy that would run
-    the student."""
+def copied(student: nn.Module, rules: Mapping[str, Rule], buffers: Rule) -> nn.Module:
+    """A deep copy of the student that requires no gradients, but for the tensors that it shares with the student, which
+    are as they are. Raises TypeError that says what stands in the way, and warns of a copy that would run the student.
+    """
     check_network(student)
     student = unwrap(student)
+    check_gathered(student, "student")
+    shared = shared_tensors(student, rules, buffers)
     try:
-        copy = deepcopy(student)
+        copy = deepcopy(student, {id(tensor): tensor for tensor in shared.values()})
     except Exception as error:
         raise TypeError(
             f"the student cannot be deep-copied: {_cause(student)} ({type(error).__name__}: {error}). Give the teacher "
@@ -35,7 +39,7 @@ def copied(student: nn.Module) -> nn.Module:
                 "or take EMANTeacher(student, module=another_instance)",
                 stacklevel=3,
             )
-    return copy
+    return _without_gradients(copy, shared)
 
 
 def adopted(
@@ -44,7 +48,10 @@ def adopted(
     """This network, with the student's values unless it is to keep its own."""
     check_network(module)
     check_network(student)
-    module = unwrap(module).requires_grad_(False)
+    shared = shared_tensors(student, rules, buffers)
+    module = unwrap(module)
+    _share(module, shared)
+    _without_gradients(module, shared)
     if keep:
         return module
     eman_update_(module, student, 0.0, rules=rules, buffers=buffers, backend=backend)
@@ -63,6 +70,44 @@ def adopted(
     )
     ema_update_([t for t, _ in skipped], [s for _, s in skipped], 0.0, backend=backend)
     return module
+
+
+def to_dtype(module: nn.Module, dtype: torch.dtype, student: nn.Module) -> None:
+    """Convert the floating-point tensors that are not the student's."""
+    theirs = set(map(id, [*student.parameters(), *student.buffers()]))
+    if not any(id(tensor) in theirs for tensor in [*module.parameters(), *module.buffers()]):
+        module.to(dtype)
+    else:
+        module._apply(lambda t: t if id(t) in theirs or not t.is_floating_point() else t.to(dtype))
+
+
+def _without_gradients(module: nn.Module, shared: Mapping[str, Tensor]) -> nn.Module:
+    theirs = set(map(id, shared.values()))
+    for parameter in module.parameters():
+        if id(parameter) not in theirs:
+            parameter.requires_grad_(False)
+    return module
+
+
+def _share(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
+    """Put the student's tensors in the place of the module's own."""
+    if not shared:
+        return
+    check_share(module)
+    own = named_tensors(module)
+    differences = [f"{name}: the teacher has none" for name in shared if name not in own]
+    for name, tensor in shared.items():
+        kinds = [isinstance(each, nn.Parameter) for each in (own.get(name, tensor), tensor)]
+        shapes = [tuple(each.shape) for each in (own.get(name, tensor), tensor)]
+        if kinds[0] != kinds[1]:
+            differences.append(f"{name}: of teacher and student, one has a parameter and the other a buffer")
+        elif shapes[0] != shapes[1]:
+            differences.append(f"{name}: the teacher's shape is {shapes[0]}, the student's {shapes[1]}")
+    check([], differences, "Only what both have alike can be shared.")
+    new = {id(own[name]): tensor for name, tensor in shared.items()}
+    for holder in module.modules():
+        for tensors in (holder._parameters, holder._buffers):
+            tensors.update({name: new[id(tensor)] for name, tensor in tensors.items() if id(tensor) in new})
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -148,6 +148,15 @@ def check_cast(network: nn.Module) -> None:
         )
 
 
+def check_share(network: nn.Module) -> None:
+    """Raises ValueError for a network that would not read another's tensors in the place of its own."""
+    if _fsdp_modules([network]):
+        raise ValueError(
+            'the rule "share" has no effect on a network that FSDP2 gathers from its own shards; give those tensors '
+            f'the rule "skip". {_NOTHING}'
+        )
+
+
 def check_sync(sync_buffers: str) -> None:
     """Raises ValueError for a way to keep buffers in step that is none."""
     if sync_buffers != "none" and sync_buffers not in get_args(SyncBuffers):

@@ -50,9 +50,9 @@ def eman_update_(
         momentum: in [0, 1]; 0 copies the student, 1 leaves the teacher as it is, NaNs too. A 0-d tensor of float32 or
             float64 on the teacher's device is read there by the kernel, when it runs: nothing waits for the device, a
             captured CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
-        rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
-            ``{"predictor.*": "skip"}``, for example.
-        buffers: "ema", "copy" or "skip" for the buffers that no pattern names. With "ema", those whose average means
+        rules: name patterns (as in fnmatch) and "ema", "copy", "skip" or "share"; the first that matches a name counts.
+            ``{"predictor.*": "skip"}``, for example. "share" is for what both networks hold as one tensor.
+        buffers: "ema", "copy", "skip" or "share" for the buffers that no pattern names. With "ema", those whose average means
             nothing are copied all the same: spectral norm's vectors, prune's masks, quantisation observers' ranges.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         found_inf: a tensor of one element, on the teacher's device or the CPU; where it is not 0, nothing is written.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-Rule = Literal["ema", "copy", "skip"]
+Rule = Literal["ema", "copy", "skip", "share"]
 RULES = get_args(Rule)
 
 # Path components that wrappers put into their module's names. DDP's and DataParallel's "module" is a name that a
@@ -119,6 +119,33 @@ def check_rules(rules: Mapping[str, Rule], buffers: Rule) -> None:
             raise ValueError(f"unknown rule {rule!r} for {pattern!r}: it must be one of {', '.join(RULES)}")
 
 
+def asked_rule(name: str, rules: Mapping[str, Rule], buffers: Rule, is_buffer: bool) -> Rule | None:
+    """The rule that was asked for, of the first pattern that matches or of the buffers; None where each tensor's own."""
+    for pattern, rule in rules.items():
+        if fnmatchcase(name, pattern):
+            return rule
+    return buffers if is_buffer and buffers != "ema" else None
+
+
+def shared_tensors(student: nn.Module, rules: Mapping[str, Rule], buffers: Rule) -> dict[str, Tensor]:
+    """The student's tensors that are the teacher's too. Raises ValueError where tied names would be and would not."""
+    if "share" not in (buffers, *rules.values()):
+        return {}
+    tensors, its_buffers = named_tensors(student), {id(buffer) for buffer in student.buffers()}
+    shared = {n: t for n, t in tensors.items() if asked_rule(n, rules, buffers, id(t) in its_buffers) == "share"}
+    name_of = {id(tensor): name for name, tensor in shared.items()}
+    check(
+        [],
+        [
+            f"{name}: the student ties it to {name_of[id(tensor)]}, which is to be shared"
+            for name, tensor in tensors.items()
+            if id(tensor) in name_of and name not in shared
+        ],
+        'Give both the rule "share", or neither.',
+    )
+    return shared
+
+
 def pair_modules(
     teacher: nn.Module, student: nn.Module, rules: Mapping[str, Rule] | None = None, buffers: Rule = "ema"
 ) -> list[Pair]:
@@ -127,22 +154,21 @@ def pair_modules(
     rules: name patterns (fnmatch, over the unwrapped network's names) and their rule; the first that matches counts.
     buffers: what floating-point buffers do that no pattern names. With "copy" and "skip", integer buffers do the same.
     With "ema", those are copied whose average means nothing: spectral norm's vectors, prune's masks, observers' ranges.
+    What has the rule "share" is in no pair: both networks hold one tensor.
     Raises ValueError with every difference between the two networks in one message.
     """
     rules = rules or {}
     check_rules(rules, buffers)
-    _check_gathered(teacher, student)
+    check_gathered(teacher, "teacher")
+    check_gathered(student, "student")
     teachers, students = named_tensors(teacher), named_tensors(student)
     is_buffer = {id(tensor) for tensor in chain(teacher.buffers(), student.buffers())}
     states = state_buffers(teacher) | state_buffers(student)
     because: dict[str, str] = {}
 
     def rule_of(name: str, tensor: Tensor) -> Rule:
-        for pattern, rule in rules.items():
-            if fnmatchcase(name, pattern):
-                return rule
-        if id(tensor) in is_buffer and buffers != "ema":
-            return buffers
+        if (asked := asked_rule(name, rules, buffers, id(tensor) in is_buffer)) is not None:
+            return asked
         rule = default_rule(tensor)
         if rule == "ema" and id(tensor) in states:
             because[name] = f"{states[id(tensor)]} keeps its state in it, whose average means nothing"
@@ -157,6 +183,10 @@ def pair_modules(
     differences = [f"{name}: the teacher has none" for name in followed if name not in teachers]
     differences += [f"{name}: the student has none" for name in followed if name not in students]
     names = [name for name in followed if name in teachers and name in students]
+    for name in [name for name in names if followed[name] == "share"]:
+        names.remove(name)
+        if teachers[name] is not students[name]:
+            differences.append(f"{name}: it is to be shared, and the teacher's is another tensor than the student's")
     pairs = [
         Pair(name, teachers[name], students[name], followed[name], because=because.get(name, "")) for name in names
     ]
@@ -164,6 +194,11 @@ def pair_modules(
         "Is the teacher of the student's architecture? "
         'A tensor that is not to follow takes a rule, like rules={"predictor.*": "skip"}.'
     )
+    if "share" in followed.values():
+        remedy += (
+            " What is to be shared again (after a copy, a load or a replaced layer): "
+            "EMANTeacher(student, module=teacher.module, keep_values=True, rules=...)."
+        )
     check(pairs, differences, remedy)
     return pairs
 
@@ -177,19 +212,18 @@ def check_order(teacher: list[Tensor], student: list[Tensor], order: str) -> Non
         )
 
 
-def _check_gathered(teacher: nn.Module, student: nn.Module) -> None:
+def check_gathered(network: nn.Module, who: str) -> None:
     """Raises ValueError where parameters have been taken away."""
-    for who, network in (("teacher", teacher), ("student", student)):
-        named = [(n, p) for n, p in network.named_parameters() if not isinstance(p, UninitializedTensorMixin)]
-        empty = [(name, parameter) for name, parameter in named if parameter.numel() == 0]
-        partitioned = [name for name, parameter in empty if hasattr(parameter, "ds_shape")]
-        if partitioned or (named and len(empty) == len(named)):
-            raise ValueError(
-                f"the {who}'s {(partitioned or [empty[0][0]])[0]} is empty ({len(empty)} of {len(named)} parameters "
-                "are), as DeepSpeed's ZeRO-3 leaves them outside of a forward. Update inside "
-                "deepspeed.zero.GatheredParameters([*teacher.parameters(), *student.parameters()], modifier_rank=0). "
-                "Nothing was written."
-            )
+    named = [(n, p) for n, p in network.named_parameters() if not isinstance(p, UninitializedTensorMixin)]
+    empty = [(name, parameter) for name, parameter in named if parameter.numel() == 0]
+    partitioned = [name for name, parameter in empty if hasattr(parameter, "ds_shape")]
+    if partitioned or (named and len(empty) == len(named)):
+        raise ValueError(
+            f"the {who}'s {(partitioned or [empty[0][0]])[0]} is empty ({len(empty)} of {len(named)} parameters "
+            "are), as DeepSpeed's ZeRO-3 leaves them outside of a forward. Make and update a teacher inside "
+            "deepspeed.zero.GatheredParameters([*teacher.parameters(), *student.parameters()], modifier_rank=0). "
+            "Nothing was written."
+        )
 
 
 def check_lengths(teacher: list[Tensor], student: list[Tensor]) -> None:

@@ -208,7 +208,7 @@ def swapped(
 
     Args:
         teacher, student: as in ``eman_update_``, and of the same dtypes.
-        rules, buffers: tensors whose rule is "skip" stay where they are.
+        rules, buffers: tensors whose rule is "skip" or "share" stay where they are.
         backend: as in ``eman_update_``.
 
     Raises:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .backends import requested
 from .call import Nonfinite, Rounding, as_found_inf, as_momentum, call_of, check_modes
-from .copying import adopted, copied
+from .copying import adopted, copied, to_dtype
 from .distributed import SyncBuffers, check_sync
 from .follow import follow
 from .functional import update_networks, update_options
@@ -49,8 +49,12 @@ class EMANTeacher(nn.Module):
         keep_values: leave the values of ``module`` as they are. Default False.
         momentum: a number in [0, 1], a 0-d tensor on the teacher's device (read there by the kernel), or a schedule
             ``step -> momentum`` (see eman_kernels.schedules); step counts the updates made, from 0. Default 0.999.
-        rules: name patterns (as in fnmatch) and "ema", "copy" or "skip"; the first that matches a name counts.
-        buffers: "ema" (EMAN, default), "copy" or "skip", for the buffers that no pattern names.
+        rules: name patterns (as in fnmatch) and "ema", "copy", "skip" or "share"; the first that matches a name counts.
+            What is shared is the student's own tensor, in the teacher too: a frozen base under trained adapters. It
+            takes no memory and no time, ``dtype`` leaves it as it is, and ``cast`` makes its half copy; state_dict()
+            holds it, load_state_dict() and ``to()`` of a device change it for both. A teacher that was copied or
+            unpickled has a base of its own, and its update says how to share again.
+        buffers: "ema" (EMAN, default), "copy", "skip" or "share", for the buffers that no pattern names.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         dtype: the floating-point dtype of the teacher; default: the student's. ``torch.float32`` for a bf16 student:
             a bf16 teacher rounded to nearest hardly moves at a high momentum, its steps being less than half an ulp.
@@ -113,11 +117,11 @@ class EMANTeacher(nn.Module):
             as_momentum(momentum)
         requested(backend)
         if module is None:
-            self.module: nn.Module = copied(student).requires_grad_(False)
+            self.module: nn.Module = copied(student, rules or {}, buffers)
         else:
             self.module = adopted(module, student, rules or {}, buffers, backend, keep_values)
         if dtype is not None:
-            self.module.to(dtype)
+            to_dtype(self.module, dtype, student)
         check_cast(self.module, cast)
         self.momentum = momentum
         self.rules: dict[str, Rule] = dict(rules or {})

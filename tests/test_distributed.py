@@ -699,3 +699,12 @@ def gather_whole() -> dict[str, Tensor] | None:
 
 def test_the_whole_state_dict_is_that_of_a_plain_network(world: World) -> None:
     world.run(gather_whole)
+
+
+def share_what_fsdp_gathers() -> str | None:
+    return raised(lambda: EMANTeacher(shard(uneven()), module=shard(uneven()), rules={"0.*": "share"}))
+
+
+def test_share_says_that_fsdp_gathers_its_own_shards(worlds: Callable[[str, int], World], backend: str) -> None:
+    for error in worlds(backend, 2).run(share_what_fsdp_gathers):
+        assert 'give those tensors the rule "skip"' in error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed import check_share
 from .functional import ema_update_, eman_update_
-from .pairing import Rule, check, check_gathered, check_network, named_tensors, shared_tensors, unwrap
+from .pairing import Rule, check, check_network, named_tensors, shared_tensors, unwrap
 from .watch import is_plain
 
 
@@ -21,7 +21,12 @@ def copied(student: nn.Module, rules: Mapping[str, Rule], buffers: Rule) -> nn.M
     """
     check_network(student)
     student = unwrap(student)
-    check_gathered(student, "student")
+    if any(hasattr(parameter, "ds_shape") for parameter in student.parameters()):
+        raise TypeError(
+            "the student cannot be deep-copied: its hooks gather its own parameters (DeepSpeed's ZeRO-3). Within "
+            "deepspeed.zero.GatheredParameters of both, take EMANTeacher(student, module=another_instance), which "
+            "deepspeed.initialize() has been given too"
+        )
     shared = shared_tensors(student, rules, buffers)
     try:
         copy = deepcopy(student, {id(tensor): tensor for tensor in shared.values()})

@@ -52,8 +52,9 @@ def eman_update_(
             captured CUDA graph replays with whatever the tensor then holds, and on a GPU its range is not checked.
         rules: name patterns (as in fnmatch) and "ema", "copy", "skip" or "share"; the first that matches a name counts.
             ``{"predictor.*": "skip"}``, for example. "share" is for what both networks hold as one tensor.
-        buffers: "ema", "copy", "skip" or "share" for the buffers that no pattern names. With "ema", those whose average means
-            nothing are copied all the same: spectral norm's vectors, prune's masks, quantisation observers' ranges.
+        buffers: "ema", "copy", "skip" or "share" for the buffers that no pattern names. With "ema", those whose average
+            means nothing are copied all the same: spectral norm's vectors, prune's masks, quantisation observers'
+            ranges.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
         found_inf: a tensor of one element, on the teacher's device or the CPU; where it is not 0, nothing is written.
             GradScaler's is float32, which the kernel reads as it is; of another dtype it is converted first.

@@ -120,7 +120,7 @@ def check_rules(rules: Mapping[str, Rule], buffers: Rule) -> None:
 
 
 def asked_rule(name: str, rules: Mapping[str, Rule], buffers: Rule, is_buffer: bool) -> Rule | None:
-    """The rule that was asked for, of the first pattern that matches or of the buffers; None where each tensor's own."""
+    """The rule that was asked for, of the first pattern that matches or the buffers'; None: each tensor's own."""
     for pattern, rule in rules.items():
         if fnmatchcase(name, pattern):
             return rule

@@ -93,6 +93,7 @@ def measure(rank: int, size: int, folder: str) -> None:
         )
     if rank == 0:
         Path(folder, f"{size}.json").write_text(json.dumps(rows))
+    dist.barrier()
     dist.destroy_process_group()
 
 

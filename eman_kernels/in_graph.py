@@ -1,5 +1,5 @@
 """What takes the functions' place while torch.compile or torch.export traces them: ``torch.ops.eman_kernels`` in the
-graph, with nothing done by Python in a step.
+graph, with nothing done by Python in a step. What several processes have in common breaks the graph.
 
 Imported only then: torch._dynamo is here anyway, and ``import eman_kernels`` does without it.
 """
@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from . import distributed, functional
 from .caches import caching_modules, renew
 from .pairing import Rule, check_order, named_tensors, pair_modules
 from .teacher import EMANTeacher, check_turn, update_locked
@@ -32,6 +33,9 @@ def ema_update_(
     **others: Any,
 ) -> None:
     """The operator, with numbers put into tensors: they can be others in the graph's next run."""
+    if _sharded([*teachers, *students]):
+        both = list(teachers), list(students)
+        return outside(functional.ema_update_, *both, momentum, found_inf=found_inf, step=step, **others)
     with torch.no_grad():
         torch.ops.eman_kernels.ema_update_(
             list(teachers),
@@ -53,6 +57,9 @@ def eman_update_(
 ) -> None:
     # Walked by the trace, which will then notice a tensor or a layer that has come or gone.
     teachers, students = named_tensors(teacher), named_tensors(student)
+    if _sharded([*teachers.values(), *students.values()]):
+        function = functional.eman_update_
+        return outside(function, teacher, student, momentum, rules=rules, buffers=buffers, **others)
     names, copied, caching = _pairs(teacher, student, tuple(rules.items()), buffers)
     ema_update_(
         [teachers[name] for name in names], [students[name] for name in names], momentum, copied=copied, **others
@@ -68,9 +75,10 @@ def update(
     found_inf: Tensor | None,
 ) -> None:
     """EMANTeacher.update and EMANTeachers.update; the student is read once for each teacher."""
-    if teachers[0].sync_buffers != "none":
-        return outside(update_locked, teachers, student, momentum, found_inf)
     student = teachers[0]._followed(student)
+    tensors = [*student.parameters(), *(p for teacher in teachers for p in teacher.module.parameters())]
+    if teachers[0].sync_buffers != "none" or _sharded(tensors):
+        return outside(update_locked, teachers, student, momentum, found_inf)
     for teacher in teachers:
         check_turn(teacher)
         _prepare(teacher, found_inf is not None and found_inf.device.type != "cpu")
@@ -93,6 +101,17 @@ def update(
         )
         with torch.no_grad():
             step += 1 if found_inf is None else found_inf.reshape(()).to(step.device) == 0
+
+
+def _sharded(tensors: Sequence[Tensor]) -> bool:
+    """DTensor asks an operator which shards it takes to which. Ours is to see the shards, of whatever placement."""
+    kind = _dtensor()
+    return any(isinstance(tensor, kind) for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _dtensor() -> type | tuple[()]:
+    return distributed.dtensor()
 
 
 def _renew(teacher: nn.Module) -> None:

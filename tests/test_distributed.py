@@ -585,6 +585,28 @@ def new_shards_without_extension() -> None:
         new_shards()
 
 
+def placed_otherwise(placement: str) -> str | None:
+    """The same memory, but of another part of another whole."""
+    on = mesh()
+    networks = [nn.Linear(8, 8, bias=False).to(device()) for _ in range(2)]
+    for network in networks:
+        network.weight = nn.Parameter(distribute_tensor(network.weight.detach(), on, [Shard(0)]))
+    teacher, student = networks
+    eman_update_(teacher, student, 0.5)
+    shard = student.weight.detach().to_local()
+    student.weight = nn.Parameter(DTensor.from_local(shard, on, [{"1": Shard(1), "partial": Partial()}[placement]]))
+    assert student.weight.to_local().data_ptr() == shard.data_ptr()
+    return raised(lambda: eman_update_(teacher, student, 0.5))
+
+
+@pytest.mark.parametrize("placement", ["1", "partial"])
+def test_a_shard_that_is_placed_otherwise_is_noticed(
+    worlds: Callable[[str, int], World], backend: str, placement: str
+) -> None:
+    for error in worlds(backend, 2).run(placed_otherwise, placement):
+        assert "weight: the teacher is a DTensor placed S" in error
+
+
 def autograd_notices() -> str | None:
     on = mesh()
     networks = [nn.Linear(8, 8, bias=False).to(device()) for _ in range(2)]
@@ -644,6 +666,37 @@ def test_cast_says_that_fsdp_gathers_in_the_half_type(worlds: Callable[[str, int
     for error, dtype in worlds(backend, 2).run(cast_what_fsdp_gathers):
         assert "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)" in error
         assert dtype == torch.bfloat16
+
+
+def update_in_a_graph(what: str) -> None:
+    torch._dynamo.reset()
+    student, teacher = sharded_pair()
+
+    def update(factor: float) -> Tensor:
+        if what == "teacher":
+            teacher.update(student)
+        elif what == "networks":
+            eman_update_(teacher.module, student, MOMENTUM)
+        else:
+            ema_update_([*teacher.module.parameters()], [*student.parameters()], MOMENTUM)
+        return torch.ones(2) * factor
+
+    compiled = torch.compile(update, backend="eager")
+    for step in steps(student):
+        expected = whole(teacher.module)
+        assert torch.equal(compiled(2.0), torch.full((2,), 2.0))
+        parameters = dict(student.named_parameters())
+        for name, tensor in whole(student).items():
+            if name in parameters or what != "lists":
+                follows = tensor.is_floating_point()
+                expected[name] = lerp(expected[name], tensor, MOMENTUM) if follows else tensor
+            assert_same_bits(whole(teacher.module)[name], expected[name], name)
+        assert teacher.step == (step + 1 if what == "teacher" else 0)
+
+
+@pytest.mark.parametrize("what", ["teacher", "networks", "lists"])
+def test_shards_in_a_compiled_graph_break_it(worlds: Callable[[str, int], World], backend: str, what: str) -> None:
+    worlds(backend, 2).run(update_in_a_graph, what)
 
 
 # Checkpoints

@@ -12,7 +12,8 @@ from .checkpoints import load_ema_checkpoint
 from .functional import ema_update_, eman_update_, plan_for
 from .pairing import Rule
 from .swap import swapped
-from .teacher import EMANTeacher, EMANTeachers, Momentum
+from .teacher import EMANTeacher, Momentum
+from .teachers import EMANTeachers
 
 __version__ = "0.1.0"
 __all__ = [

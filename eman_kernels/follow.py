@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from .teacher import EMANTeacher, EMANTeachers
+    from .teacher import EMANTeacher
+    from .teachers import EMANTeachers
 
 
 def follow(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import distributed, functional
 from .caches import caching_modules, renew
 from .pairing import Rule, check_order, named_tensors, pair_modules
-from .teacher import EMANTeacher, check_turn, update_locked
+from .step import check_turn, update_locked
+from .teacher import EMANTeacher
 
 
 @torch.compiler.disable

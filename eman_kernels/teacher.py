@@ -1,8 +1,7 @@
-"""EMANTeacher and EMANTeachers: the teacher, or several, as a module."""
+"""EMANTeacher: the teacher as a module."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from inspect import unwrap as undecorated
@@ -19,15 +18,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from .backends import requested
-from .call import Nonfinite, Rounding, as_found_inf, as_momentum, call_of, check_modes
+from .call import Nonfinite, Rounding, as_momentum, check_modes
 from .copying import adopted, copied, to_dtype
 from .distributed import SyncBuffers, check_sync
 from .follow import follow
-from .functional import update_networks, update_options
 from .loading import all_or_nothing
 from .low_precision import LowPrecision, check_cast, narrowed
 from .pairing import Rule, check_rules
-from .plan import MAX_TEACHERS
+from .step import counter, update
 from .swap import Exchange, Swapped, Turn
 
 # Its own code, under torch.no_grad's.
@@ -168,7 +166,7 @@ class EMANTeacher(nn.Module):
 
             return in_graph.update((self,), student, momentum, found_inf)
         with self._turn.lock:
-            _update((self,), student, momentum, found_inf)
+            update((self,), student, momentum, found_inf)
 
     def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
         """Call ``update(student)`` after each step that the optimizer really makes: with gradient accumulation, and
@@ -309,7 +307,7 @@ class EMANTeacher(nn.Module):
                 f"{', '.join(list(state_dict)[:3]) or 'none'}; the teacher has {', '.join(sorted(own)[:3])}. A plain "
                 "network's goes into teacher.module"
             )
-        with _all_or_nothing(self, [self]):
+        with all_or_nothing(self, [self]):
             return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -382,195 +380,12 @@ class EMANTeacher(nn.Module):
                 "a captured graph would replay this one step's momentum and random bits: EMANTeacher(capturable=True) "
                 "keeps the step on the device, where each replay advances it"
             )
-        step = _counter(self._step, device) if on_device else self._step
-        skipped = _counter(0 if self.skipped is None else self.skipped, device) if counts else None
+        step = counter(self._step, device) if on_device else self._step
+        skipped = counter(0 if self.skipped is None else self.skipped, device) if counts else None
         if capturing and (step is not self._step or skipped is not self.skipped):
             raise RuntimeError("call update() once, with the same arguments, before the capture: it allocates")
         self._step, self.skipped = step, skipped
 
 
-class EMANTeachers(nn.Module):
-    """Several teachers of one student, each with a momentum of its own, updated together in one pass that reads the
-    student once.
-
-    ``teachers[i]`` is an EMANTeacher; ``teachers(x)`` is the list of their outputs.
-
-    Args:
-        student: the network to follow.
-        momenta: a momentum, or a schedule, for each teacher; 1 to 8 of them.
-        options: those of EMANTeacher, for all.
-
-    Raises:
-        ValueError: as EMANTeacher, or there are no momenta or more than 8.
-
-    >>> student = nn.Linear(4, 4)
-    >>> teachers = EMANTeachers(student, momenta=[0.99, 0.999, 0.9999])
-    >>> teachers.update(student)
-    >>> [teacher.step for teacher in teachers]
-    [1, 1, 1]
-    """
-
-    def __init__(self, student: nn.Module, momenta: Sequence[Momentum], **options: Any) -> None:
-        super().__init__()
-        if not 1 <= len(momenta) <= MAX_TEACHERS:
-            raise ValueError(f"momenta must be 1 to {MAX_TEACHERS}, and are {len(momenta)}")
-        self.teachers = nn.ModuleList(EMANTeacher(student, momentum, **options) for momentum in momenta)
-
-    def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
-        """Let all teachers follow the student by one step: ``EMANTeacher.update``, in one pass."""
-        if torch.compiler.is_compiling():
-            from . import in_graph
-
-            return in_graph.update(list(self.teachers), student, None, found_inf)
-        update_locked(list(self.teachers), student, None, found_inf)
-
-    def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
-        """``EMANTeacher.follow`` for all teachers."""
-        return follow(self, optimizer, student, every, start)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's, but all or nothing, as an EMANTeacher's."""
-        with _all_or_nothing(self, self.teachers):
-            return super().load_state_dict(state_dict, strict, assign)
-
-    @property
-    def skipped(self) -> Tensor | None:
-        """With nonfinite="skip": how many elements of the student were."""
-        return self.teachers[0].skipped
-
-    def swapped(self, index: int, student: nn.Module | None = None) -> Swapped:
-        """``teachers[index].swapped(student)``."""
-        return self.teachers[index].swapped(student)
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Each teacher's output."""
-        return [teacher(*args, **kwargs) for teacher in self.teachers]
-
-    def __getitem__(self, index: int) -> EMANTeacher:
-        return self.teachers[index]
-
-    def __len__(self) -> int:
-        return len(self.teachers)
-
-    def __iter__(self) -> Iterator[EMANTeacher]:
-        return iter(self.teachers)
-
-
-# What EMANTeachers do in one pass for all of them.
-_SHARED = ("rules", "buffer_rule", "backend", "rounding", "seed", "cast", "nonfinite", "capturable", "sync_buffers")
-
-
-def update_locked(
-    teachers: Sequence[EMANTeacher],
-    student: nn.Module | None,
-    momentum: float | Tensor | None,
-    found_inf: Tensor | None,
-    locked: int = 0,
-) -> None:
-    """`_update` when nobody else has a turn with any of the teachers."""
-    if locked == len(teachers):
-        _update(teachers, student, momentum, found_inf)
-    else:
-        with teachers[locked]._turn.lock:
-            update_locked(teachers, student, momentum, found_inf, locked + 1)
-
-
-def _update(
-    teachers: Sequence[EMANTeacher],
-    student: nn.Module | None,
-    momentum: float | Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    first = teachers[0]
-    student = first._followed(student)
-    check_modes(first.rounding, first.seed, True, first.nonfinite)
-    check_sync(first.sync_buffers)
-    if found_inf is not None:
-        found_inf = as_found_inf(found_inf)
-    networks, momenta, counts = [], [], []
-    for teacher in teachers:
-        check_turn(teacher)
-        if teacher is not first:
-            _check_shared(first, teacher)
-        teacher._prepare(found_inf is not None and found_inf.device.type != "cpu")
-        networks.append(teacher.module)
-        momenta.append(_momentum(teacher) if momentum is None else momentum)
-        counts.append(_count(teacher, found_inf))
-    copies = []
-    # A copy that no forward has asked for yet need not be written along.
-    if first.cast is not None and any(teacher._copy is not None for teacher in teachers):
-        copies = [teacher._copy or teacher._low_precision() for teacher in teachers]
-    step = _known_step(first) if first.rounding == "stochastic" else None
-    call = call_of(momenta, found_inf, first.seed, step, first.skipped, counts)
-    options = update_options(
-        first.rules, first.buffer_rule, first.backend, first.rounding, first.nonfinite, first.sync_buffers
-    )
-    update_networks(networks, student, call, options, copies)
-    for teacher in teachers:
-        if teacher._student is None or teacher._student() is not student:
-            teacher._student = ref(student)
-
-
-def check_turn(teacher: EMANTeacher) -> None:
-    if teacher._turn.exchange is not None:
-        raise RuntimeError("the teacher is swapped with its student: update after the context has been left")
-    if teacher._turn.unrestored:
-        raise RuntimeError(f"{teacher._turn.unrestored}\nload_state_dict() makes the teacher whole again")
-
-
-@contextmanager
-def _all_or_nothing(module: nn.Module, teachers: Iterable[EMANTeacher]) -> Iterator[None]:
-    was = [(teacher, teacher.step, teacher._turn.unrestored) for teacher in teachers]
-    try:
-        with all_or_nothing(module):
-            yield
-    except BaseException:
-        for teacher, step, unrestored in was:
-            teacher.step, teacher._turn.unrestored = step, unrestored
-        raise
-
-
-def _check_shared(first: EMANTeacher, teacher: EMANTeacher) -> None:
-    own = [name for name in _SHARED if getattr(teacher, name) != getattr(first, name)]
-    if own:
-        theirs, firsts = ([repr(getattr(each, name)) for name in own] for each in (teacher, first))
-        raise ValueError(
-            f"teachers that are updated in one pass have their options in common, and {', '.join(own)} of one is "
-            f"{', '.join(theirs)} where the first's is {', '.join(firsts)}; set it for all, or update each by itself"
-        )
-
-
-def _count(teacher: EMANTeacher, found_inf: Tensor | None) -> Callable[[], object]:
-    """What counts the step: a C function, so that no interrupt comes between the write and it."""
-    step = teacher._step
-    if type(step) is int:
-        # Not by nn.Module's setattr, which looks among parameters and modules first: a tenth of a cold step.
-        return partial(teacher.__dict__.__setitem__, "_step", step + 1)
-    return partial(step.add_, 1 if found_inf is None else (found_inf == 0).to(step.device))
-
-
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-
-
-def _momentum(teacher: EMANTeacher) -> float | Tensor:
-    if not callable(teacher.momentum):
-        return teacher.momentum
-    step = _known_step(teacher)
-    # In double, because 1 - m of a float32 m is three digits short.
-    return teacher.momentum(step.double() if isinstance(step, Tensor) else step)
-
-
-def _known_step(teacher: EMANTeacher) -> int | Tensor:
-    """A number where the host has it: a compiled graph has put it into a tensor there."""
-    step = teacher._step
-    return int(step) if isinstance(step, Tensor) and step.device.type == "cpu" and not teacher.capturable else step
-
-
-def _counter(number: int | Tensor, device: torch.device) -> Tensor:
-    """The number on this device; itself, if it lies there. Made there, because a copy from the host would wait."""
-    # Inference mode would make one that cannot be written once it has ended.
-    with torch.inference_mode(False):
-        if isinstance(number, Tensor):
-            return number.to(device)
-        return torch.full((), number, dtype=torch.int64, device=device)

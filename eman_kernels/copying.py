@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed import check_share
 from .functional import ema_update_, eman_update_
-from .pairing import Rule, check, check_network, named_tensors, shared_tensors, unwrap
+from .pairing import Rule, asked_rule, check, check_network, named_tensors, shared_tensors, unwrap
 from .watch import is_plain
 
 
@@ -61,18 +61,15 @@ def adopted(
         return module
     eman_update_(module, student, 0.0, rules=rules, buffers=buffers, backend=backend)
     # What the updates skip is to begin alike too, where both have it.
-    teachers, students = named_tensors(module), named_tensors(student)
-    both = [(tensor, students[name]) for name, tensor in teachers.items() if name in students]
-    both = [(t, s) for t, s in both if t.shape == s.shape and not _same(t, s)]
-    skipped = (
-        [(t, s) for t, s in both if not torch.equal(t, s.to(t.device, t.dtype))]
-        if "skip"
-        in (
-            buffers,
-            *rules.values(),
-        )
-        else []
-    )
+    students, its_buffers = named_tensors(student), {id(buffer) for buffer in student.buffers()}
+    skipped = [
+        (tensor, theirs)
+        for name, tensor in named_tensors(module).items()
+        if (theirs := students.get(name)) is not None
+        and asked_rule(name, rules, buffers, id(theirs) in its_buffers) == "skip"
+        and tensor.shape == theirs.shape
+        and not _same(tensor, theirs)
+    ]
     ema_update_([t for t, _ in skipped], [s for _, s in skipped], 0.0, backend=backend)
     return module
 

@@ -1,7 +1,7 @@
 """Which teacher tensor follows which student tensor, and by which rule. Names only: no address is looked at here."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -74,14 +74,18 @@ def check_network(network: object) -> None:
         raise TypeError(f"a teacher and a student must be {remedy}; it is a {type(network).__name__}")
 
 
+def every_name(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every name that the module has for them, as they are in its state_dict."""
+    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, the non-persistent too, by the names they have in the unwrapped network.
 
     Raises ValueError where two have one name there.
     """
-    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     tensors, names = {}, {}
-    for name, tensor in named:
+    for name, tensor in every_name(module):
         short = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if short in tensors and tensors[short] is not tensor:
             raise ValueError(

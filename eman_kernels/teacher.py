@@ -1,11 +1,10 @@
 """EMANTeacher: the teacher as a module."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from inspect import unwrap as undecorated
-from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -24,7 +23,7 @@ from .distributed import SyncBuffers, check_sync
 from .follow import follow
 from .loading import all_or_nothing
 from .low_precision import LowPrecision, check_cast, narrowed
-from .pairing import Rule, check_rules
+from .pairing import Rule, check_rules, every_name
 from .step import counter, update
 from .swap import Exchange, Swapped, Turn
 
@@ -289,7 +288,7 @@ class EMANTeacher(nn.Module):
         state = super().state_dict(*args, **kwargs)
         if (exchange := self._turn.exchange) is not None:
             prefix = (args[1] if len(args) > 1 else kwargs.get("prefix", "")) + "module."
-            for name, tensor in _named_tensors(self.module):
+            for name, tensor in every_name(self.module):
                 if prefix + name in state and (own := exchange.own(tensor)) is not None:
                     state[prefix + name] = own.clone()
         return state
@@ -300,7 +299,7 @@ class EMANTeacher(nn.Module):
 
         Raises RuntimeError if nothing does, or while the teacher is swapped.
         """
-        own = {f"module.{name}" for name, _ in _named_tensors(self.module)}
+        own = {f"module.{name}" for name, _ in every_name(self.module)}
         if own and not own & state_dict.keys():
             raise RuntimeError(
                 f"nothing was loaded: no name of the teacher is in the state_dict, which has "
@@ -332,7 +331,7 @@ class EMANTeacher(nn.Module):
         if (exchange := self._turn.exchange) is not None:
             # The copy has the teacher's own values, and is swapped with nobody.
             module = deepcopy(self.module)
-            for (_, tensor), (_, copy) in zip(_named_tensors(self.module), _named_tensors(module), strict=True):
+            for (_, tensor), (_, copy) in zip(every_name(self.module), every_name(module), strict=True):
                 if (own := exchange.own(tensor)) is not None:
                     copy.detach().copy_(own)
             state["_modules"] = {**self._modules, "module": module}
@@ -364,7 +363,7 @@ class EMANTeacher(nn.Module):
         return Exchange(self.module, student, self.rules, self.buffer_rule, self.backend, self._turn)
 
     def _device(self) -> torch.device:
-        first = next(_named_tensors(self.module), None)
+        first = next(every_name(self.module), None)
         return torch.device("cpu") if first is None else first[1].device
 
     def _prepare(self, found_inf_on_device: bool) -> None:
@@ -385,7 +384,3 @@ class EMANTeacher(nn.Module):
         if capturing and (step is not self._step or skipped is not self.skipped):
             raise RuntimeError("call update() once, with the same arguments, before the capture: it allocates")
         self._step, self.skipped = step, skipped
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))

@@ -1,6 +1,7 @@
 """The compiled extension, or why there is none. Import never fails for want of a compiler."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor, float64
@@ -14,6 +15,8 @@ try:
     C = import_module("eman_kernels._C")
 except ModuleNotFoundError:
     missing = f"the compiled extension is not in this installation; with a C++ compiler in place, {_AGAIN}"
+    if (Path(__file__).parents[2] / "setup.py").exists():
+        missing += ". This is a clone, which in its folder hides a package that `pip install .` has installed"
 except ImportError as error:
     missing = f"the compiled extension does not load ({error}); {_AGAIN}"
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 from eman_kernels import EMANTeacher  # noqa: E402
 from eman_kernels.integrations import lightning as adapter  # noqa: E402
@@ -147,3 +148,28 @@ def test_bfloat16(precision, tmp_path):
     average = callback._average_model.module.net[0].weight
     assert average.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert not torch.equal(average.float(), begin.to(average.dtype).float())
+
+
+def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path):
+    """16-mixed, with torch's GradScaler on the CPU: gradients that overflow at its first scale, and no more at 1024."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    expected, skipped = [], []
+
+    class Beside(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            skipped.append(not all(p.grad.isfinite().all() for p in module.parameters()))
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if not skipped[-1]:
+                expected.append({k: v.clone() for k, v in module.net.state_dict().items()})
+
+    module, callback = Module(), EMANWeightAveraging(momentum=0.9)
+    average = {k: v.clone() for k, v in module.net.state_dict().items()}
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit([Beside(), callback], module, tmp_path, plugins=[plugin])
+    assert skipped == [True] + 7 * [False]
+    assert callback._average_model.step == 7
+    for state in expected:
+        average = {k: v.lerp(state[k], 0.1) if v.is_floating_point() else state[k] for k, v in average.items()}
+    for name, tensor in callback._average_model.module.net.state_dict().items():
+        torch.testing.assert_close(tensor, average[name], rtol=1e-6, atol=1e-7)

@@ -5,6 +5,7 @@ A library that is not installed gets no figure, and the table says what to insta
 
 import copy
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from models import tensors_of
@@ -32,29 +33,41 @@ def timm_v3_to_nearest(teacher: nn.Module, student: nn.Module, momentum: float) 
 
 
 def torch_averaged_model(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    averaged = AveragedModel(teacher, multi_avg_fn=get_ema_multi_avg_fn(momentum), use_buffers=True)
+    return in_averaged_model(get_ema_multi_avg_fn(momentum), teacher, student)
+
+
+def in_averaged_model(multi_avg_fn: Any, teacher: nn.Module, student: nn.Module) -> Following:
+    averaged = AveragedModel(teacher, multi_avg_fn=multi_avg_fn, use_buffers=True)
     averaged.update_parameters(teacher)  # the first call copies
     return Following(lambda: averaged.update_parameters(student), tensors_of(averaged.module))
 
 
 def lightning(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    from lightning.pytorch import LightningModule
     from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    return in_lightning(EMAWeightAveraging(decay=momentum), teacher, student)
+
+
+def in_lightning(callback: Any, teacher: nn.Module, student: nn.Module) -> Following:
+    """The hooks that a Trainer calls, as it calls them."""
+    from lightning.pytorch import LightningModule
 
     def wrapped(network: nn.Module) -> LightningModule:
         module = LightningModule()
         module.network = network
         return module
 
-    callback = EMAWeightAveraging(decay=momentum)
-    trainer = SimpleNamespace(global_step=0)  # all that the hook asks its trainer for
+    optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
+    trainer = SimpleNamespace(global_step=0, optimizers=[optimizer])  # all that the hooks ask their trainer for
     callback.setup(trainer, wrapped(teacher), "fit")
+    callback.on_train_start(trainer, wrapped(teacher))
 
     def after_a_batch(module: LightningModule) -> None:
+        optimizer.step()
         trainer.global_step += 1
         callback.on_train_batch_end(trainer, module, None, None, trainer.global_step)
 
-    after_a_batch(wrapped(teacher))  # the first call copies
+    after_a_batch(wrapped(teacher))  # the first call of Lightning's own copies
     followed = wrapped(student)
     return Following(lambda: after_a_batch(followed), tensors_of(callback._average_model.module.network))
 
@@ -84,7 +97,11 @@ def torch_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> Follow
 def diffusers(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     from diffusers.training_utils import EMAModel
 
-    ema = EMAModel(teacher.parameters(), decay=momentum, min_decay=momentum, foreach=True)
+    return in_diffusers(EMAModel, teacher, student, momentum)
+
+
+def in_diffusers(kind: Any, teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    ema = kind(teacher.parameters(), decay=momentum, min_decay=momentum, foreach=True)
     ema.step(copy.deepcopy(teacher).requires_grad_(True).parameters())  # the first call copies
     shadows = dict(zip(once_each(teacher), ema.shadow_params, strict=True))
     return Following(lambda: ema.step(student.parameters()), with_ties(teacher, shadows))

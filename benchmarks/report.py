@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from adapters import adapters
 from checks import rules_kept
 from counts import SIZES, host_instructions, no_callgrind
 from growth import around_the_kernel, around_the_kernel_of_teachers, growth
@@ -48,7 +49,7 @@ README = HERE.parent / "README.md"
 
 
 def methods_for(device: torch.device, dtype: str) -> dict[str, Method | str]:
-    found = by_hand() | peers(dtype) | by_us(device)
+    found = by_hand() | peers(dtype) | by_us(device) | adapters()
     if dtype != "bfloat16":
         found.pop("eman_kernels, stochastic", None)  # elsewhere it is the same work
     return found
@@ -61,7 +62,7 @@ def only(methods: dict[str, Method | str], parts: list[str] | None) -> dict[str,
 
 def rules_rows(device: torch.device, parts: list[str] | None) -> list[dict]:
     rows = []
-    for name, method in only(by_hand() | peers("bfloat16") | by_us(device), parts).items():
+    for name, method in only(methods_for(device, "bfloat16"), parts).items():
         if isinstance(method, str):
             continue
         try:

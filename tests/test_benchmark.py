@@ -21,6 +21,7 @@ for package in ("tabulate", "tqdm"):
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import adapters  # noqa: E402
 import checks  # noqa: E402
 import compare  # noqa: E402
 import counts  # noqa: E402
@@ -131,11 +132,14 @@ def tiny_pair():
     return teacher, models.student_of(teacher)
 
 
+LIBRARIES = peers.peers("bfloat16") | adapters.adapters()
+
+
 @pytest.mark.filterwarnings("ignore")  # what a library warns of is its own matter
-@pytest.mark.parametrize("name", [name for name in peers.peers("bfloat16") if "apex" not in name])
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if "apex" not in name])
 @torch.no_grad()
 def test_a_library_does_what_it_claims_and_nothing_else_is_taken_for_it(name):
-    method = peers.peers("bfloat16")[name]
+    method = LIBRARIES[name]
     teacher, student = tiny_pair()
     begin = {key: tensor.double().clone() for key, tensor in models.tensors_of(teacher).items()}
     try:

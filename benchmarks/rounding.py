@@ -1,4 +1,4 @@
-"""How a half-precision teacher follows: rounded to nearest it does not move, rounded at random it has no bias.
+"""How a half-precision teacher follows: rounded to nearest it does not move, rounded stochastically it has no bias.
 
 Draws benchmarks/results/rounding.png: the mean error of bfloat16 teachers against one in float64, over 10,000 steps.
 """

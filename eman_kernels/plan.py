@@ -146,8 +146,8 @@ class Plan:
     Raises ValueError if teacher and student share memory, a teacher tensor overlaps itself or another, or the backend
     that was asked for cannot do the work.
 
-    stochastic: round half teachers up or down at random. skip_nonfinite: leave a teacher's element where the student's
-    is NaN or infinite.
+    stochastic: stochastic rounding of half-precision teachers. skip_nonfinite: leave a teacher's element where the
+    student's is NaN or infinite.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class ModelEman(EMANTeacher):
 
     ``.module`` is the plain network, which is what CheckpointSaver writes; ``distribute_bn`` works on it. What differs
     from V3: tied tensors are averaged once, non-persistent buffers take part, tensors are paired by name, float16 ones
-    are rounded at random too, and the average is in eval mode for good, without gradients.
+    are rounded stochastically too, and the average is in eval mode for good, without gradients.
 
     Args:
         model: the network to follow; DDP and torch.compile wrappers are looked through.

@@ -667,6 +667,20 @@ def test_a_copy_changed_under_the_plan_is_not_written():
     assert torch.equal(memory, before)
 
 
+@both_walks
+def test_a_copy_laid_out_otherwise_than_its_master_gets_the_values_where_they_belong():
+    student = nn.Linear(64, 64)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    teacher(torch.randn(1, 64))
+    teacher.update(student)
+    low = teacher._copy.copies[0]
+    low.data = low.data.t().contiguous().t()
+    nn.init.normal_(student.weight)
+    teacher.update(student)
+    assert low.stride() == (1, 64)
+    assert torch.equal(low, teacher.module.weight.to(torch.bfloat16))
+
+
 def test_a_copy_that_shares_memory_is_refused():
     from conftest import planned
 

@@ -124,9 +124,9 @@ FAULTS = [
         "False",
         "test_general.py test_teacher.py test_life.py",
     ),
-    Fault(PLAN, "if not self.works:\n            at_once(*call.counts)", "", "test_teacher.py test_life.py"),
+    Fault(PLAN, "if not self.works:\n            at_once(*call.counts)", "", "test_situations.py"),
     # ------------------------------------------------------------ memory and pairs
-    Fault(MEMORY, "starts[at - 1] + width > start", "starts[at - 1] + width >= start", "test_plan.py test_pairing.py"),
+    Fault(MEMORY, "starts[at - 1] + width > start", "starts[at - 1] + width >= start", "test_situations.py"),
     Fault(
         MEMORY,
         "(_place(known.student), known.rule) != (_place(pair.student), pair.rule)",

@@ -71,6 +71,17 @@ def test_prefixes_are_looked_through(wrap):
     assert all((p == 7).all() for p in teacher.module.parameters())
 
 
+def test_a_layer_that_is_called_module_is_no_wrapper():
+    net = nn.Module()
+    net.module, net.weight = nn.Linear(2, 3), nn.Parameter(torch.zeros(4))
+    assert list(named_tensors(net)) == ["weight", "module.weight", "module.bias"]
+    teacher = EMANTeacher(net, momentum=0.0)
+    with torch.no_grad():
+        net.weight += 1
+    teacher.update(net)
+    assert torch.equal(teacher.module.weight, net.weight)
+
+
 def test_distributed_data_parallel_is_looked_through():
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")

@@ -266,6 +266,10 @@ def test_arguments_the_wrong_way_round():
     averaged = copy.deepcopy(student)
     ema_update_(averaged.parameters(), [p.detach() for p in student.parameters()], 0.0)
     assert torch.equal(averaged[0].weight, student[0].weight)
+    # So is that of a student that is fine-tuned in part.
+    nn.init.ones_(student[0].weight.requires_grad_(False))
+    eman_update_(averaged, student, 0.0)
+    assert (averaged[0].weight == 1).all()
 
 
 class KeepsAnActivation(nn.Linear):

@@ -149,7 +149,7 @@ FAULTS = [
         PAIRING,
         "and not any(s.requires_grad for s in student)",
         "and not all(s.requires_grad for s in student)",
-        "test_pairing.py test_functional.py",
+        "test_situations.py",
     ),
     Fault(PAIRING, 'if rule == "ema" and id(tensor) in states:', "if False:", "test_pairing.py test_situations.py"),
     # ------------------------------------------------------------ the teacher

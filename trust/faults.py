@@ -160,7 +160,7 @@ FAULTS = [
         STEP,
         "if teacher is not first:\n            _check_shared(first, teacher)",
         "",
-        "test_teacher.py test_general.py",
+        "test_situations.py",
     ),
     Fault(
         STEP,

@@ -66,8 +66,10 @@ def full(seeds: int) -> list[Job]:
     supervised, published = {"unlabelled_weight": 0.0}, {"threshold": 0.7}
     jobs = []
 
-    def add(setting: str, method: str, labels: int = LABELS[0], kinds: Sequence[Kind] = KINDS, **more: Any) -> None:
-        for seed in range(seeds):
+    def add(
+        setting: str, method: str, labels: int = LABELS[0], kinds: Sequence[Kind] = KINDS, first: int = 0, **more: Any
+    ) -> None:
+        for seed in range(first, first + seeds):
             after = Job("MoCo", "moco", "eman", seed).key if "MoCo-EMAN" in setting else None
             jobs.extend(Job(setting, method, kind, seed, labels, after=after, **more) for kind in kinds)
 
@@ -81,6 +83,9 @@ def full(seeds: int) -> list[Job]:
     add("FixMatch from MoCo-EMAN", "fixmatch")
     add("supervised only from MoCo-EMAN", "fixmatch", kinds=["bn"], changes=supervised)
     add("FixMatch, threshold 0.7", "fixmatch", changes=published)
+    # Asked after the rest had been seen: seeds that nobody had looked at.
+    add("FixMatch, other seeds", "fixmatch", kinds=["eman"], first=200)
+    add("FixMatch, calibrated, other seeds", "fixmatch", kinds=["eman"], first=200, changes={"calibration": 50})
     return jobs
 
 

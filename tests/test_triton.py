@@ -1,5 +1,6 @@
 """The Triton kernel without a GPU: interpreted against the reference, and compiled ahead of time for NVIDIA and AMD."""
 
+import contextlib
 import operator
 import os
 import re
@@ -217,6 +218,7 @@ def test_what_is_launched(monkeypatch, name, warp):
 
     class Kernel:
         def __getitem__(self, grid):
+            assert current == Work.device.index
             return lambda *args, **kwargs: launched.append((grid, args, kwargs))
 
     class Work:
@@ -231,11 +233,21 @@ def test_what_is_launched(monkeypatch, name, warp):
         def keep_table(self, stream):
             launched.append(f"kept for the {stream}")
 
-    guard = types.SimpleNamespace(device=lambda device: torch.no_grad())
+    current = 0
+
+    @contextlib.contextmanager
+    def guard(device):
+        nonlocal current
+        before, current = current, device.index
+        launched.append(f"guarded from {before}")
+        yield
+        current = before
+
     target = types.SimpleNamespace(backend=name, warp_size=warp)
     for kernel in ("eman_update", "eman_swap"):
         monkeypatch.setattr(backend.kernels(), kernel, Kernel())
-    monkeypatch.setattr(torch, "get_device_module", lambda device: guard)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: types.SimpleNamespace(device=guard))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current)
     monkeypatch.setattr(backend, "current_target", lambda device: target)
     plain, general = (
         ({"THREADS": backend.NUM_WARPS * warp} | (options if name == "cuda" else backend.OPTIONS))
@@ -260,3 +272,11 @@ def test_what_is_launched(monkeypatch, name, warp):
 
     exchange(backend.swaps(Work(), []))
     assert launched[4] == ((6,), (Work.table,), general)
+
+    # The guard, which is 13 more calls of Python's, only where the table is on another device.
+    del launched[:]
+    current = 1
+    backend.run(Work(), Call([0.75]), [])
+    guarded, (grid, args, kwargs), _ = launched
+    assert (guarded, current) == ("guarded from 1", 1)
+    assert (grid, args[0], kwargs) == ((6,), Work.table, plain | {"GENERAL": None})

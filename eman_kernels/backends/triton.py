@@ -90,14 +90,16 @@ def launch(kernel, work, *arguments, **constants) -> None:
     if work.device.type == "cpu":
         kernel[grid](work.table, *arguments, **constants, THREADS=32 * NUM_WARPS, **OPTIONS)
         return
-    # Triton launches on the current device's current stream.
-    with torch.get_device_module(work.device).device(work.device):
-        target = current_target(work.device)
-        options = OPTIONS
-        if target.backend == "cuda":
-            options = NVIDIA_OPTIONS if constants.get("GENERAL", True) is None else NVIDIA_GENERAL_OPTIONS
-        kernel[grid](work.table, *arguments, **constants, THREADS=target.warp_size * NUM_WARPS, **options)
-        work.keep_table(work.current_stream())
+    # Triton launches on the current device's current stream. Where that is another, which is rare, once more.
+    if torch.accelerator.current_device_index() != work.device.index:
+        with torch.get_device_module(work.device).device(work.device):
+            return launch(kernel, work, *arguments, **constants)
+    target = current_target(work.device)
+    options = OPTIONS
+    if target.backend == "cuda":
+        options = NVIDIA_OPTIONS if constants.get("GENERAL", True) is None else NVIDIA_GENERAL_OPTIONS
+    kernel[grid](work.table, *arguments, **constants, THREADS=target.warp_size * NUM_WARPS, **options)
+    work.keep_table(work.current_stream())
 
 
 @cache

@@ -93,7 +93,7 @@ def stages(python: str, out: Path) -> dict[str, list[Command]]:
             Command("ncu", [*ncu, *update, "cuda"], 180, [*update, "cpu"], "ncu"),
         ],
         "variants": [
-            Command("variants", [*variants, "--json", str(out / "variants.json")], 300, [*variants, "--help"]),
+            Command("variants", [*variants, "--json", str(out / "variants.json")], 300, [*variants, "--rehearse"]),
         ],
     }
 
@@ -148,7 +148,7 @@ def findings(name: str, log: Path) -> list[str]:
         return of_ncu(text)
     patterns = {
         "report": r"^(?:- .*so\.|- .*not so for|  - .*|written: .*|.*: \w*Error: .*)$",
-        "variants": r"^(?:\S+, [\d,]+ elements.*|flat copy.*|cuda, \d in flight.*|triton, .*|\d+ s in all)$",
+        "variants": r"^(?:\d+ builds .*|\S+, [\d,]+ elements.*|(?:flat copy|cuda, |triton, |cpu ).*|\d+ s in all)$",
         "memcheck": r"^(?:=+ ERROR SUMMARY.*|self-check.*|=+ .*(?:Invalid|Error).*)$",
     }
     of_pytest = (

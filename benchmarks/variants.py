@@ -5,6 +5,7 @@ beside torch's foreach, one flat lerp and one flat copy. Each on a clean L2, and
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -13,20 +14,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from models import pair, tensors_of
 from timing import MOMENTUM, machine, nothing_cached, said, time_once
 from torch import Tensor
+from torch.utils.cpp_extension import CUDA_HOME
 
 from eman_kernels import plan
-from eman_kernels.backends import triton
+from eman_kernels.backends import extension, triton
 from eman_kernels.pairing import Pair
 
-CSRC = Path(__file__).parent.parent / "csrc"
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
 BUILDS = [(in_flight, threads) for threads in (256, 512) for in_flight in (1, 2, 4)]
 WARPS = (4, 8)
 CHUNKS = (2048, 4096, 8192, 16384, 32768)
@@ -35,48 +37,66 @@ TINY = 10_000  # tensors, of 64 elements
 ROUNDS = 15
 
 
-def build(folder: Path, in_flight: int, threads: int, architectures: str, cuda: str) -> Path:
-    """The extension with these numbers. Raises RuntimeError with what CMake or the compiler said."""
-    import cmake
-    import ninja
-    import pybind11
-
-    tree = folder / f"{in_flight}-{threads}"
-    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
-    definitions = {
-        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
-        "CMAKE_CUDA_FLAGS": f"-DEMAN_IN_FLIGHT={in_flight} -DEMAN_THREADS={threads}",
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "EMAN_CUDA": cuda,
-        "EMAN_ARCH_LIST": architectures,
-    }
-    configure = [program, "-G", "Ninja", "-S", CSRC, "-B", tree, *(f"-D{k}={v}" for k, v in definitions.items())]
-    for command in (configure, [program, "--build", tree]):
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError((done.stdout + done.stderr)[-2000:])
-    (made,) = tree.glob("_C.*")
-    return made
+Launch = Callable[[], None]
 
 
-def load(file: Path) -> ModuleType:
-    spec = spec_from_file_location("eman_kernels._C", file)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build(folder: Path, in_flight: int, threads: int, architecture: str) -> Path:
+    """The kernel with these numbers, for one architecture. Raises RuntimeError with what the compiler said."""
+    if CUDA_HOME is None:
+        raise RuntimeError("no nvcc on PATH, in CUDA_HOME or CUDA_PATH")
+    file = folder / f"{in_flight}-{threads}.so"
+    # As CMake compiles the package's own.
+    command = [Path(CUDA_HOME) / "bin" / "nvcc", "-O3", "-DNDEBUG", "-std=c++17", "-shared", "-Xcompiler=-fPIC"]
+    command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", f"-I{CSRC}"]
+    command += [f"-DEMAN_IN_FLIGHT={in_flight}", f"-DEMAN_THREADS={threads}", HERE / "variants.cu", "-o", file]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr)[-2000:])
+    return file
 
 
-def compiled_launch(extension: ModuleType, table: Tensor) -> Callable[[], None]:
-    call = extension.Call(table.data_ptr(), MOMENTUM)
+def builds(architecture: str) -> dict[str, Callable[..., bytes | None]]:
+    """The launch of each variant that could be built; of the others it is printed why not."""
+    launches = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(BUILDS)) as pool:
+        files = {b: pool.submit(build, Path(folder), *b, architecture) for b in BUILDS}
+        for (in_flight, threads), file in files.items():
+            label = f"cuda, {in_flight} in flight, {threads}"
+            try:
+                launch = ctypes.CDLL(str(file.result())).launch
+            except (OSError, RuntimeError) as error:
+                print(f"{label}: not built: {str(error)[-500:]}", flush=True)
+                continue
+            launch.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+            launch.restype = ctypes.c_char_p
+            launches[label] = launch
+    return launches
+
+
+def compiled_launch(launch: Callable[..., bytes | None], table: Tensor) -> Launch:
+    arguments = table.data_ptr(), MOMENTUM, len(table), table.device.index
     stream = torch.cuda.current_stream().cuda_stream
-    return lambda: extension.update_cuda(call, len(table), False, table.device.index, stream)
+
+    def run() -> None:
+        if wrong := launch(*arguments, stream):
+            raise RuntimeError(wrong.decode())
+
+    return run
 
 
-def triton_launch(warps: int, table: Tensor) -> Callable[[], None]:
+def triton_launch(warps: int, table: Tensor) -> Launch:
     weights = (triton.parts(1.0 - MOMENTUM),)
     options = triton.NVIDIA_OPTIONS | {"num_warps": warps, "GENERAL": None, "THREADS": 32 * warps}
     return lambda: triton.kernels().eman_update[(len(table),)](table, None, weights, None, None, None, None, **options)
+
+
+def cpu_launch(table: Tensor) -> Launch:
+    call = extension.C.Call(table.data_ptr(), MOMENTUM)
+    return lambda: extension.C.update_cpu(call, len(table), False, 1)
+
+
+def all_of(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,35 +107,28 @@ def tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]
     return tuple([tensor for tensor in named.values() if tensor.is_floating_point()] for named in both)
 
 
-def differing(run: Callable[[], None], teachers: list[Tensor], students: list[Tensor]) -> int:
-    """In how many tensors the result is not torch.lerp's. Leaves the teacher as it was."""
-    before = [tensor.clone() for tensor in teachers]
-    run()
-    want = [t.lerp(s, 1.0 - MOMENTUM) for t, s in zip(before, students, strict=True)]
-    wrong = sum(not torch.equal(t, w) for t, w in zip(teachers, want, strict=True))
-    torch._foreach_copy_(teachers, before)
-    return wrong
-
-
-def rows_of(name: str, extensions: dict[str, ModuleType], device: torch.device) -> list[dict]:
+def rows_of(
+    name: str, launches: dict[str, Callable[[Tensor], Launch]], device: torch.device, rounds: int
+) -> list[dict]:
+    """launches: what makes a launch of a table on the device."""
     teachers, students = tensors(name, device)
     pairs = [Pair(str(i), t, s, "ema") for i, (t, s) in enumerate(zip(teachers, students, strict=True))]
     elements = sum(tensor.numel() for tensor in teachers)
+    before = [tensor.clone() for tensor in teachers]
+    want = all_of([t.lerp(s, 1.0 - MOMENTUM) for t, s in zip(teachers, students, strict=True)])
     flat = [torch.randn(elements, device=device) for _ in range(2)]
     runs = {
         ("flat copy", None): lambda: flat[0].copy_(flat[1]),
         ("flat lerp", None): lambda: flat[0].lerp_(flat[1], 1.0 - MOMENTUM),
         ("foreach", None): lambda: torch._foreach_lerp_(teachers, students, 1.0 - MOMENTUM),
     }
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    on_gpu = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else None
     ruled = plan.chunk_size(elements, processors)
     for chunk in CHUNKS:
         table = plan.table(pairs, chunk=chunk).to(device)
-        for label, extension in extensions.items():
-            runs[label, chunk] = compiled_launch(extension, table)
-        if triton.unavailable(device.type) is None:
-            for warps in WARPS:
-                runs[f"triton, {warps} warps", chunk] = triton_launch(warps, table)
+        for label, launch in launches.items():
+            runs[label, chunk] = launch(table)
     rows, cache = [], nothing_cached(device)
     times: dict[tuple, list[float]] = {}
     for (label, chunk), run in runs.items():
@@ -123,13 +136,16 @@ def rows_of(name: str, extensions: dict[str, ModuleType], device: torch.device) 
         row["by the rule"] = chunk == ruled
         rows.append(row)
         try:
-            if not label.startswith("flat") and (wrong := differing(run, teachers, students)):
-                row["why_not"] = f"other bits than torch.lerp's in {wrong} tensors"
+            run()
+            wrong = 0 if label.startswith("flat") else int((all_of(teachers) != want).sum())
+            torch._foreach_copy_(teachers, before)
+            if wrong:
+                row["why_not"] = f"other bits than torch.lerp's in {wrong:,} elements"
         except Exception as error:
             row["why_not"] = said(error)
         if "why_not" not in row:
             times[label, chunk] = []
-    for k in range(ROUNDS + 2):
+    for k in range(rounds + 2):
         for which, samples in times.items():
             work, _ = time_once(runs[which], device, cache)
             if k >= 2:
@@ -161,32 +177,29 @@ def table_of(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row, after each network")
-    parser.add_argument("--build-only", action="store_true", help="no GPU: build and load each, for an H100")
+    parser.add_argument("--rehearse", action="store_true", help="no GPU: build for an H100, and time the CPU's kernel")
     arguments = parser.parse_args()
-    if not arguments.build_only and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU here; --build-only builds the kernels all the same")
+    if not arguments.rehearse and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU here (--rehearse does what can be done without one)")
     begin = time.perf_counter()
-    architectures = "9.0"
-    if not arguments.build_only:
-        architectures = "{}.{}".format(*torch.cuda.get_device_capability())
-    extensions: dict[str, ModuleType] = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(BUILDS)) as pool:
-        made = {b: pool.submit(build, Path(folder), *b, architectures, "on") for b in BUILDS}
-        for (in_flight, threads), file in made.items():
-            label = f"cuda, {in_flight} in flight, {threads}"
-            try:
-                extensions[label] = load(file.result())
-            except (ImportError, RuntimeError) as error:  # of cmake and the like, or the compiler's
-                print(f"{label}: not built: {str(error)[-500:]}", flush=True)
-    print(f"{len(extensions)} builds in {time.perf_counter() - begin:.0f} s", flush=True)
-    if arguments.build_only:
-        return int(len(extensions) < len(BUILDS))
-    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = "90" if arguments.rehearse else "{}{}".format(*torch.cuda.get_device_capability())
+    built = builds(architecture)
+    print(f"{len(built)} builds in {time.perf_counter() - begin:.0f} s", flush=True)
+    launches: dict[str, Callable[[Tensor], Launch]] = {}
+    if arguments.rehearse:
+        device, networks, rounds = torch.device("cpu"), (NETWORKS[0], "tiny"), 2
+        if extension.missing is None:
+            launches["cpu"] = cpu_launch
+    else:
+        device, networks, rounds = torch.device("cuda", torch.cuda.current_device()), (*NETWORKS, "tiny"), ROUNDS
+        launches |= {label: partial(compiled_launch, launch) for label, launch in built.items()}
+        if triton.unavailable("cuda") is None:
+            launches |= {f"triton, {warps} warps": partial(triton_launch, warps) for warps in WARPS}
     described, rows = machine(device), []
-    for name in (*NETWORKS, "tiny"):
+    for name in networks:
         try:
             with torch.no_grad():
-                found = rows_of(name, extensions, device)
+                found = rows_of(name, launches, device, rounds)
         except Exception as error:
             print(f"{name}: {said(error)}", flush=True)
             continue

@@ -48,8 +48,7 @@ PYBIND11_MODULE(_C, m) {
   const auto without_gil = py::call_guard<py::gil_scoped_release>();
 
   eman::bind_watch(m);
-  // Local to the module: benchmarks/variants.py has several builds in one process.
-  py::class_<eman::Call>(m, "Call", py::module_local())
+  py::class_<eman::Call>(m, "Call")
       // What most updates are, first: it is found without a look at nine defaults.
       .def(py::init(&plain_call), py::arg("chunks"), py::arg("momentum"))
       .def(py::init(&call), py::arg("chunks"), py::arg("momenta"), py::kw_only(), py::arg("momenta_address") = 0,

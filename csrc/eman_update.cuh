@@ -8,7 +8,7 @@
 
 namespace eman {
 
-// benchmarks/variants.py builds the kernels with other numbers than these.
+// benchmarks/variants.cu is the plain kernel alone, with other numbers than these.
 #if !defined(EMAN_THREADS)
 #define EMAN_THREADS 256
 #endif
@@ -262,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const _
   with_rule(chunk.pair, call.weight(0), [&](const auto& rule) { update_chunk(chunk, rule); });
 }
 
+#if !defined(EMAN_PLAIN_ONLY)
 // 64 registers, so that no architecture spills: 4 blocks then lie on an SM, enough of them to keep memory busy.
 extern "C" __global__ void __launch_bounds__(eman::kThreads, 1024 / eman::kThreads)
     eman_update_general(const __grid_constant__ eman::Call call) {
@@ -280,3 +281,4 @@ extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_swap(const ema
   const Chunk chunk = chunks[blockIdx.x];
   with_width(chunk.pair, [&](auto element) { swap_chunk<decltype(element)>(chunk); });
 }
+#endif

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -480,9 +481,13 @@ def test_more_launches_than_the_queue_holds_are_said(monkeypatch):
 def test_every_stage_of_make_gpu_is_rehearsed(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu.py", "correct", "evidence", "variants"]
     done = subprocess.run(
-        [*command, "--rehearse", "--no-build", "--out", tmp_path], capture_output=True, text=True, timeout=300
+        [*command, "--rehearse", "--no-build", "--out", tmp_path], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    variants = (tmp_path / "variants-variants.log").read_text()
+    assert ("6 builds in" if shutil.which("nvcc") and shutil.which("g++") else "0 builds in") in variants
+    assert re.search(r"^tiny, 640,000 elements", variants, re.M)
+    assert not re.search(r"Error|other bits", variants)
     summary = (tmp_path / "summary.txt").read_text()
     assert len(re.findall(r": ok, \d+ s$", summary, re.M)) == 7, summary
     assert len(re.findall(r"^    \d+/\d+ tests collected", summary, re.M)) == 4

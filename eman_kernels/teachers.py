@@ -1,19 +1,38 @@
 """EMANTeachers: several teachers of one student."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Unpack
 
+from .call import Nonfinite, Rounding
+from .distributed import SyncBuffers
 from .follow import follow
 from .loading import all_or_nothing
+from .pairing import Rule
 from .plan import MAX_TEACHERS
 from .step import update_locked
 from .swap import Swapped
 from .teacher import EMANTeacher, Momentum
+
+
+class Options(TypedDict, total=False):
+    """EMANTeacher's, but for what is one teacher's alone: its momentum and its network."""
+
+    rules: Mapping[str, Rule] | None
+    buffers: Rule
+    backend: str | None
+    dtype: torch.dtype | None
+    rounding: Rounding
+    seed: int
+    cast: torch.dtype | None
+    nonfinite: Nonfinite
+    capturable: bool
+    sync_buffers: SyncBuffers
 
 
 class EMANTeachers(nn.Module):
@@ -25,7 +44,7 @@ class EMANTeachers(nn.Module):
     Args:
         student: the network to follow.
         momenta: a momentum, or a schedule, for each teacher; 1 to 8 of them.
-        options: those of EMANTeacher, for all.
+        options: those of EMANTeacher from ``rules`` on, for all.
 
     Raises:
         ValueError: as EMANTeacher, or there are no momenta or more than 8.
@@ -37,7 +56,7 @@ class EMANTeachers(nn.Module):
     [1, 1, 1]
     """
 
-    def __init__(self, student: nn.Module, momenta: Sequence[Momentum], **options: Any) -> None:
+    def __init__(self, student: nn.Module, momenta: Sequence[Momentum], **options: Unpack[Options]) -> None:
         super().__init__()
         if not 1 <= len(momenta) <= MAX_TEACHERS:
             raise ValueError(f"momenta must be 1 to {MAX_TEACHERS}, and are {len(momenta)}")

@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+
+from eman_kernels import EMANTeacher
+from eman_kernels.teachers import Options
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "typed_user.py"
@@ -44,3 +48,10 @@ def test_pyright_strict(tmp_path):
     assert status == 0, said
     summary = json.loads(said)["summary"]
     assert (summary["filesAnalyzed"], summary["errorCount"], summary["warningCount"]) == (1, 0, 0), said
+
+
+def test_several_teachers_take_the_options_of_one():
+    of_one = get_type_hints(EMANTeacher.__init__)
+    for name in ("student", "momentum", "module", "keep_values", "return"):
+        del of_one[name]
+    assert get_type_hints(Options) == of_one

@@ -89,7 +89,7 @@ def train() -> EMANTeacher:
 def train_several() -> list[int]:
     student = Network()
     momenta: list[Momentum] = [0.9, torch.tensor(0.99), schedules.Cosine(0.996, 100), falling]
-    teachers = EMANTeachers(student, momenta, rounding="nearest")
+    teachers = EMANTeachers(student, momenta, rules={"*.bias": "copy"}, dtype=torch.float32, rounding="nearest")
     teachers.update(student, found_inf=None)
     outputs: list[Tensor] = teachers(torch.ones(2, 4))
     assert len(outputs) == len(teachers)
@@ -98,6 +98,12 @@ def train_several() -> list[int]:
     first: EMANTeacher = teachers[0]
     assert first.step == 1
     return [teacher.step for teacher in teachers]
+
+
+def mistaken(student: nn.Module) -> None:
+    """Never run. mypy would complain of a comment on a line in which it finds no error."""
+    EMANTeachers(student, [0.9], rounding="up")  # type: ignore[arg-type]
+    EMANTeachers(student, [0.9], momentum=0.9)  # type: ignore[call-arg]
 
 
 def by_hand() -> str:

@@ -4,9 +4,12 @@ timm's LeViT, TinyViT and EfficientFormer keep attention biases so, and drop or 
 """
 
 from collections.abc import Iterable
+from functools import partial
 from weakref import ref
 
 from torch import nn
+
+from .interrupts import exhaust, ready
 
 # Methods that pass the mode on, as Module's own does, and keep nothing.
 _PASS_ON = {"torch.nn.modules.module.Module.train", "transformers.modeling_utils.PreTrainedModel.train"}
@@ -21,11 +24,12 @@ def caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
 
 
 def renew(modules: Iterable[ref[nn.Module]]) -> None:
-    """Let them notice, each in the mode that it is in."""
+    """Let them notice, each in the mode that it is in. After an interrupt it can be called again."""
     for reference in modules:
         module = reference()
         if module is not None:
-            modes = [(each, each.training) for each in module.modules()]
-            module.train(module.training)
-            for each, mode in modes:
-                each.training = mode
+            modes = ready(*(partial(vars(each).__setitem__, "training", each.training) for each in module.modules()))
+            try:
+                module.train(module.training)
+            finally:
+                exhaust(modes)

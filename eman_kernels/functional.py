@@ -236,11 +236,14 @@ def update_networks(
         copy.refresh([tensors[i] for i in numbers])
     increment_versions(tensors, plan.written)
     _note_copies(copies, followed, tensors)
-    plan.run(call, tensors)
-    if copies and any(work.table is None for work in plan.works):
-        _note_copies(copies, followed, tensors)  # torch's own operations have counted their writes themselves
-    if followed.caching:
+    try:
+        plan.run(call, tensors)
+        if copies and any(work.table is None for work in plan.works):
+            _note_copies(copies, followed, tensors)  # torch's own operations have counted their writes themselves
         renew(followed.caching)
+    except BaseException:  # an interrupt, when all is written
+        renew(followed.caching)
+        raise
 
 
 def _note_copies(copies: Sequence[LowPrecision], followed: Followed, tensors: list[Tensor]) -> None:

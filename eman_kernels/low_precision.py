@@ -27,6 +27,7 @@ class LowPrecision:
         self.tensors: dict[str, Tensor] = {}  # by a name of each module that holds them
         self.copies: list[Tensor] = []  # each once
         self._watch: Watch | None = None
+        self._seen = _seen([])
 
     def follow(self, master: nn.Module) -> list[Tensor]:
         """Make true what is not, and all of it anew for another network, or one that is no longer what it was.
@@ -42,24 +43,25 @@ class LowPrecision:
 
     def refresh(self, masters: Sequence[Tensor]) -> None:
         """`follow`, where these are known to be the master's tensors, of the shapes and dtypes that they had."""
+        ids, versions, storages = self._seen
         seen = list(map(id, masters)), list(map(_versions, masters))
-        if seen == self._seen and not any(map(StorageWeakRef.expired, self._storages)):
+        if seen == (ids, versions) and not any(map(StorageWeakRef.expired, storages)):
             return
         stale = [
             i
             for i, (was, now, storage) in enumerate(
-                zip(zip(*self._seen, strict=True), zip(*seen, strict=True), self._storages, strict=True)
+                zip(zip(ids, versions, strict=True), zip(*seen, strict=True), storages, strict=True)
             )
             if was != now or storage.expired()
         ]
         with torch.no_grad():
             copies, fresh = ([distributed.local(its[i]) for i in stale] for its in (self.copies, masters))
             torch._foreach_copy_(copies, fresh)
-        self._see(masters)
+        self._seen = _seen(masters)
 
     def written(self, masters: Sequence[Tensor], which: Sequence[int]) -> None:
         """These of the masters have been written, and their copies with them."""
-        _, versions = self._seen
+        _, versions, _ = self._seen
         for i in which:
             versions[i] = masters[i]._version
 
@@ -81,17 +83,19 @@ class LowPrecision:
                 if key not in copies:
                     copies[key] = tensor.to(dtype)
                 tensors[name] = copies[key]
-        self._watch, self._at = watch, [at[key] for key, _ in copies]
-        self.tensors, self.copies = tensors, list(copies.values())
-        masters = [found[i] for i in self._at]
-        self._see(masters)
+        numbers, made = [at[key] for key, _ in copies], list(copies.values())
+        masters = [found[i] for i in numbers]
+        # Together: of an interrupt between them one would be left that does not fit the others.
+        self._watch, self._at, self.tensors, self.copies, self._seen = watch, numbers, tensors, made, _seen(masters)
         return masters
 
-    def _see(self, masters: Sequence[Tensor]) -> None:
-        # An object's address and its version can come again with other values; a storage's cannot while a weak
-        # reference to it is held, which keeps no memory of elements. One to the tensor would forbid swap_tensors.
-        self._seen = list(map(id, masters)), list(map(_versions, masters))
-        self._storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in masters]
+
+def _seen(masters: Sequence[Tensor]) -> tuple[list[int], list[int], list[StorageWeakRef]]:
+    """By which a write is noticed. An object's address and its version can come again with other values; a storage's
+    cannot while a weak reference to it is held, which keeps no memory of elements. One to the tensor would forbid
+    swap_tensors."""
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in masters]
+    return list(map(id, masters)), list(map(_versions, masters)), storages
 
 
 def narrowed(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:

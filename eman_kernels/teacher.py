@@ -238,9 +238,10 @@ class EMANTeacher(nn.Module):
     def swap_back(self) -> None:
         """Leave what ``swap`` has entered. Raises RuntimeError if nothing is swapped, or where something of another
         shape has taken the place of a tensor that was."""
-        if self._turn.exchange is None:
+        exchange = self._turn.exchange  # read once: another thread may leave it
+        if exchange is None:
             raise RuntimeError("teacher and student are not swapped")
-        if lost := self._turn.exchange.leave():
+        if lost := exchange.leave():
             raise RuntimeError(lost)
 
     @torch.no_grad()

@@ -207,12 +207,12 @@ FAULTS = [
     Fault(KNOWN, "        del self.plans[_PLANS:]\n", "", "test_watch.py"),
     Fault(CALL, "(found_inf != 0).float()", "found_inf.float()", "test_teacher.py test_functional.py"),
     Fault(CALL, "0.0 <= momentum <= 1.0:", "0.0 <= momentum:", "test_teacher.py test_functional.py"),
-    Fault("eman_kernels/caches.py", "                each.training = mode\n", "                pass\n", "test_swap.py"),
+    Fault("eman_kernels/caches.py", "                exhaust(modes)\n", "                pass\n", "test_swap.py"),
     Fault(
         "eman_kernels/interrupts.py",
-        "_exhaust(map(_call, calls))",
+        "exhaust(ready(*calls))",
         "[call() for call in calls]",
-        "test_swap.py -k interrupts",
+        "test_interrupts.py",
     ),
     # ------------------------------------------------------------ the other backends
     Fault(

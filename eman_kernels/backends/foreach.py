@@ -1,5 +1,6 @@
 """torch's own multi-tensor operations: nothing to compile, and on any device that torch reaches."""
 
+from functools import partial
 from math import isfinite
 
 import torch
@@ -21,25 +22,26 @@ def run(work, call, tensors) -> None:
         # _foreach_lerp_ does none of these; its weight is a number.
         return reference.run(work, call, tensors)
     weight = 1.0 - call.momenta[0]
+    writes = []  # at once, and the count with them, for interrupts
     for (rule, teacher_dtype, student_dtype), places in work.places.items():
         teachers, students = [tensors[p.teacher] for p in places], [tensors[p.student] for p in places]
         wide = reference.wide_of(teachers[0], students[0])
         if rule == "copy" or reference.weight_in(wide, weight, torch.device("cpu")) == 1:
-            torch._foreach_copy_(teachers, students)
+            writes.append(partial(torch._foreach_copy_, teachers, students))
         elif weight == 0:
             continue
         elif teacher_dtype == student_dtype:
             # It makes NaNs of infinities that are equal.
             infinite = [(t, s) for t, s in zip(teachers, students, strict=True) if _may_be_infinite(s)]
             equal = [teacher == student for teacher, student in infinite]
-            torch._foreach_lerp_(teachers, students, weight)
+            writes.append(partial(torch._foreach_lerp_, teachers, students, weight))
             for (teacher, student), where in zip(infinite, equal, strict=True):
-                torch.where(where, student, teacher, out=teacher)
+                writes.append(partial(torch.where, where, student, teacher, out=teacher))
         else:
             # _foreach_lerp_ takes no mixed dtypes. One at a time: no temporary of the network's size.
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(reference.lerp(teacher, student, weight))
-    at_once(*call.counts)
+    at_once(*writes, *call.counts)
 
 
 def _may_be_infinite(tensor: torch.Tensor) -> bool:

@@ -58,6 +58,13 @@ class World:
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """What `work(*args)` returns in each process. Fails if it raises in one, or one does not answer in time."""
+        answers = self.answers(work, *args)
+        if failed := [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]:
+            raise AssertionError("\n".join(failed))
+        return [answer for _, answer in answers]
+
+    def answers(self, work: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
+        """Whether `work(*args)` came to its end in each process, and what it returned or raised there."""
         for connection in self._connections:
             connection.send((work, args))
         answers = []
@@ -65,10 +72,11 @@ class World:
             if not connection.poll(TIMEOUT):
                 self.stop()
                 raise AssertionError(f"process {rank} of {self.size} hangs")
-            answers.append(connection.recv())
-        if failed := [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]:
-            raise AssertionError("\n".join(failed))
-        return [answer for _, answer in answers]
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                answers.append((False, "the process has gone"))
+        return answers
 
     def stop(self) -> None:
         for process in self._processes:

@@ -1,12 +1,21 @@
-"""What goes wrong outside: checkpoints that are damaged or another's, and memory that runs out. Nothing is changed."""
+"""What goes wrong outside: checkpoints that are damaged or another's, memory that runs out, and processes that are
+killed. Nothing is changed."""
 
 import io
+import os
+import signal
+import time
 import zipfile
+from datetime import timedelta
+from itertools import chain
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import assert_same_bits
+from processes import World, why_none
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eman_kernels import EMANTeacher, EMANTeachers, available_backends
@@ -192,3 +201,79 @@ def test_no_memory_at_any_operation_of_a_new_plan(student, what):
         want = torch.lerp(before[1][0], student[0].weight.detach(), 0.5)
         assert_same_bits(members[0].module[0].weight, want)
     assert number > 1
+
+
+# ---------------------------------------------------------------- processes
+
+STEPS, SAVED, LAST = 8, 3, 5
+
+
+def train(folder, resume=False, its_end=""):
+    """Training of several processes, with a checkpoint of the third step. its_end: of the last process, in the midst.
+
+    Returns what the run ends with, or the error that ends it and how many timeouts were waited for it.
+    """
+    timeout = timedelta(seconds=6)
+    student = DistributedDataParallel(network(), process_group=dist.new_group(timeout=timeout))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    teacher = EMANTeacher(student, 0.9, sync_buffers="mean")
+    everything = {"student": student.module, "optimizer": optimizer, "teacher": teacher}
+    rank = dist.get_rank()
+    # DDP orders the gradients anew after its first pass, and others come to be summed first.
+    student(torch.ones(6, 4)).sum().backward()
+    optimizer.zero_grad()
+    if resume:
+        saved = torch.load(folder / "checkpoint", weights_only=True)
+        for name, its in everything.items():
+            its.load_state_dict(saved[name])
+        assert teacher.step == SAVED
+    for step in range(teacher.step, STEPS):
+        torch.manual_seed(10 * step + rank)
+        student(torch.randn(6, 4) + rank).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if its_end and step == LAST and rank == dist.get_world_size() - 1:
+            if its_end == "it hangs":
+                time.sleep(1.3 * timeout.total_seconds())
+            os.kill(os.getpid(), signal.SIGKILL)
+        before, began = state(teacher), time.monotonic()
+        try:
+            teacher.update(student)
+        except RuntimeError as error:
+            assert_state(teacher, before)
+            assert teacher.step == LAST
+            return str(error), (time.monotonic() - began) / timeout.total_seconds()
+        if teacher.step == SAVED and rank == 0:
+            torch.save({name: its.state_dict() for name, its in everything.items()}, folder / "checkpoint")
+    return teacher.step, state(teacher)[1], state(student.module)[1]
+
+
+@pytest.mark.parametrize("its_end", ["it is killed", "it hangs"])
+def test_a_process_that_dies_ends_in_an_error_in_the_others_and_the_run_is_resumed(tmp_path, its_end):
+    if reason := why_none("gloo", 4):
+        pytest.skip(reason)
+    for folder in ("first", "second", "never killed"):
+        (tmp_path / folder).mkdir()
+    first = World("gloo", 4, tmp_path / "first")
+    try:
+        *others, last = first.answers(train, tmp_path, False, its_end)
+    finally:
+        first.stop()
+    assert last == (False, "the process has gone")
+    for fine, answer in others:
+        assert fine, answer
+        error, waited = answer
+        assert "imed out" in error or ("by peer" in error and its_end == "it is killed")
+        assert waited < 1.3
+    if its_end == "it hangs":
+        return
+    second = World("gloo", 4, tmp_path / "second")
+    try:
+        resumed = second.run(train, tmp_path, True)
+        whole = second.run(train, tmp_path / "never killed")
+    finally:
+        second.stop()
+    for (step, *its), (_, *want) in zip(resumed, whole, strict=True):
+        assert step == STEPS
+        for one, other in zip(chain(*its), chain(*want), strict=True):
+            assert_same_bits(one, other)

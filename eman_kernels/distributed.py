@@ -86,6 +86,18 @@ def local_pairs(pairs: list[Pair]) -> list[Pair]:
     ]
 
 
+def numbered(pairs: list[Pair]) -> list[Pair]:
+    """With the numbers of their first elements: multiples of 8, the same whoever updates them, and over however many
+    processes they are sharded. Without empty shards."""
+    numbered, first = [], 0
+    for pair in pairs:
+        numel = pair.teacher.numel()
+        if numel:
+            numbered.append(replace(pair, first=first + pair.offset // 8 * 8))
+        first += ((numel if pair.whole is None else pair.whole) + 7) // 8 * 8
+    return numbered
+
+
 def _fault(pair: Pair) -> str | None:
     teacher, student = pair.teacher, pair.student
     are = [is_distributed(tensor) for tensor in (teacher, student)]
@@ -169,6 +181,9 @@ class Statistics:
 
     One collective operation an update. A process that cannot update takes part in it and says so, lest the others wait
     for it. Those that learn of it without waiting for their device (gloo) raise as well; others follow the rest.
+
+    It comes before the update and not beside it: weights that were written meanwhile could not be taken back where a
+    process turns out to be unable, and to agree on that first would take as long as the whole reduction.
     """
 
     _HEAD = 2  # how many processes can update, and how many gave their buffers
@@ -186,7 +201,7 @@ class Statistics:
         named = {id(pair.student): pair for pair in pairs if id(pair.student) in ids}
         buffers = [pair.student for pair in named.values()]
         self._layout = [(p.name, tuple(p.student.shape), str(p.student.dtype)) for p in named.values()]
-        self._device = pairs[0].teacher.device if pairs else torch.device("cpu")
+        self._device = pairs[0].student.device if pairs else torch.device("cpu")
         if list(map(_kind, self.means)) != list(map(_kind, buffers)):
             # Inference mode would make tensors that cannot be written once it has ended.
             with torch.inference_mode(False), torch.no_grad():

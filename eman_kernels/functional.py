@@ -16,6 +16,7 @@ from .known import Followed, known_lists, known_networks, networks_plan
 from .low_precision import LowPrecision
 from .pairing import Pair, Rule, check_lengths, check_order, named_tensors, pair_lists, pair_modules
 from .plan import Plan
+from .staging import StagedPlan, is_elsewhere
 from .watch import Watch, increment_versions
 
 
@@ -56,8 +57,9 @@ def eman_update_(
             means nothing are copied all the same: spectral norm's vectors, prune's masks, quantisation observers'
             ranges.
         backend: one of ``available_backends()``; default: EMAN_KERNELS_BACKEND, else the fastest for the device.
-        found_inf: a tensor of one element, on the teacher's device or the CPU; where it is not 0, nothing is written.
-            GradScaler's is float32, which the kernel reads as it is; of another dtype it is converted first.
+        found_inf: a tensor of one element, on the teacher's device or the CPU, and of a teacher in CPU memory on the
+            student's; where it is not 0, nothing is written. GradScaler's is float32, which the kernel reads as it is;
+            of another dtype it is converted first.
         rounding: of bfloat16 and float16 teachers: "nearest", or "stochastic", up or down at random so that the mean
             is the exact average: at a high momentum a teacher rounded to nearest does not move.
         seed, step: of stochastic rounding, which gives the same bits for the same pair of them on every backend; the
@@ -302,7 +304,8 @@ def _follow(
 def _plan(
     pairs: list[Pair], tensors: list[Tensor], backend: str | None, rounding: Rounding, nonfinite: Nonfinite
 ) -> Plan:
-    return Plan(pairs, tensors, backend, stochastic=rounding == "stochastic", skip_nonfinite=nonfinite == "skip")
+    kind = StagedPlan if any(map(is_elsewhere, pairs)) else Plan
+    return kind(pairs, tensors, backend, stochastic=rounding == "stochastic", skip_nonfinite=nonfinite == "skip")
 
 
 def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:

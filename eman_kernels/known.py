@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import distributed
 from .pairing import check_network
 from .plan import Plan
+from .staging import StagedPlan
 from .watch import Roots, Watch, is_plain
 
 # Of one pair of networks, or one kind of lists: option sets in turn, or a buffer that alternates, need one each.
@@ -54,6 +55,8 @@ class Known:
         return self.find(options, roots) if distributed.reshard(roots) else None
 
     def add(self, followed: Followed) -> None:
+        # A plan that has been replaced may be true again some day; one with memory of the student's size may not wait.
+        self.plans = [o for o in self.plans if o.options != followed.options or not isinstance(o.plan, StagedPlan)]
         self.plans.insert(0, followed)
         del self.plans[_PLANS:]
 

@@ -30,10 +30,10 @@ def without_ties_and_empties(pairs: list[Pair]) -> list[Pair]:
     for pair in pairs:
         if pair.teacher.numel() == 0 and pair.whole is None:  # an empty shard has its numbers
             continue
-        known = first.setdefault(_place(pair.teacher), pair)
+        known = first.setdefault(place(pair.teacher), pair)
         if known.group != pair.group:
             raise ValueError(_shares(f"teacher {pair.group}", pair.name, f"teacher {known.group}", known.name))
-        if known is not pair and (_place(known.student), known.rule) != (_place(pair.student), pair.rule):
+        if known is not pair and (place(known.student), known.rule) != (place(pair.student), pair.rule):
             raise ValueError(
                 f"the teacher ties {known.name} and {pair.name} to one memory, but they would follow different "
                 f"students or rules; tie them in the student as well, or give the teacher two. Nothing was written."
@@ -73,7 +73,8 @@ def check_memory(pairs: list[Pair]) -> None:
             reaching.append(span)
 
 
-def _place(tensor: Tensor) -> object:
+def place(tensor: Tensor) -> object:
+    """Equal for tensors that are one piece of memory."""
     if not is_plain(tensor) or not tensor.numel():
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import backends
 from .backends import reference
 from .call import Call
-from .distributed import local_pairs
+from .distributed import local_pairs, numbered
 from .interrupts import at_once
 from .memory import check_memory, extent, strides_of, without_ties_and_empties
 from .pairing import Pair, check
@@ -162,13 +162,13 @@ class Plan:
         at = {id(tensor): number for number, tensor in enumerate(tensors)}
         check([], [f"{pair.name}: {fault}" for pair in pairs if (fault := _fault(pair, at))])
         written = _written(pairs)
-        pairs = local_pairs(pairs)
+        pairs = self._prepared(local_pairs(pairs), at)
         # The numbers of those tensors, for increment_versions. A DTensor has a version besides its shard's.
         written = {at[id(tensor)] for tensor in written + _written(pairs)}
         self.written = torch.tensor(sorted(written), dtype=torch.int64, device="cpu")
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         self.because = {pair.name: pair.because for pair in pairs if pair.because}
-        pairs = _numbered(without_ties_and_empties(pairs))
+        pairs = numbered(without_ties_and_empties(pairs))
         check_memory(pairs)
         # Below this weight, elements that are a tenth away from the student's do not move: half an ulp is a quarter of
         # epsilon of them, or more.
@@ -209,6 +209,10 @@ class Plan:
         ]
         if rest:
             self.works.append(Work(rest[0].teacher.device, reference, rest, *options))
+
+    def _prepared(self, pairs: list[Pair], at: dict[int, int]) -> list[Pair]:
+        """The pairs as the works take them. A plan's own tensors go into `at`, and into those that it is run with."""
+        return pairs
 
     def run(self, call: Call, tensors: Sequence[Tensor]) -> None:
         """Update the teacher in place. Raises ValueError if a tensor of the call lies on another device."""
@@ -370,8 +374,8 @@ def _ineligible(bundle: list[Pair], n_teachers: int, skip_nonfinite: bool) -> st
     """Why the reference must update these pairs of one student tensor; None if they can be cut into chunks."""
     if reason := next(filter(None, map(ineligible, bundle)), None):
         return reason
-    if len(bundle) < n_teachers or len({(pair.teacher.dtype, pair.rule) for pair in bundle}) > 1:
-        return "its teachers differ in dtypes or ties"
+    if len(bundle) < n_teachers or len({(p.teacher.dtype, p.teacher.device, p.rule) for p in bundle}) > 1:
+        return "its teachers differ in dtypes, devices or ties"
     dtype = bundle[0].teacher.dtype
     if skip_nonfinite and dtype.is_floating_point and ("ema", dtype, dtype) not in PAIR_CODES:
         return f"no kernel knows what is finite in {dtype}"
@@ -402,15 +406,3 @@ def ineligible(pair: Pair) -> str | None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _numbered(pairs: list[Pair]) -> list[Pair]:
-    """With the numbers of their first elements: multiples of 8, the same whoever updates them, and over however many
-    processes they are sharded. Without empty shards."""
-    numbered, first = [], 0
-    for pair in pairs:
-        numel = pair.teacher.numel()
-        if numel:
-            numbered.append(replace(pair, first=first + pair.offset // 8 * 8))
-        first += ((numel if pair.whole is None else pair.whole) + 7) // 8 * 8
-    return numbered

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -219,6 +219,21 @@ def test_several_teachers_and_the_function(world: World) -> None:
     world.run(several_teachers_and_the_function)
 
 
+def statistics_of_a_teacher_in_cpu_memory() -> None:
+    student = ddp(materialised())
+    teacher = EMANTeacher(student, 0.0, sync_buffers="mean").cpu()
+    for _ in trained(student, 2):
+        teacher.update(student)
+        mean = sum(on_all(student.module[1].running_mean)) / dist.get_world_size()
+        torch.testing.assert_close(teacher.module[1].running_mean, mean.cpu())
+        assert_same_bits(teacher.module[0].weight, student.module[0].weight)
+
+
+def test_statistics_of_a_teacher_in_cpu_memory(worlds: Callable[[str, int], World], backend: str) -> None:
+    """They are reduced where the students have them: NCCL knows no other place."""
+    worlds(backend, 2).run(statistics_of_a_teacher_in_cpu_memory)
+
+
 def raised(update: Callable[[], object]) -> str | None:
     try:
         update()
@@ -286,6 +301,16 @@ def test_buffers_that_change_in_all_processes_alike(world: World) -> None:
 def test_sync_buffers_is_checked() -> None:
     with pytest.raises(ValueError, match="sync_buffers='average' is none of 'none', 'mean', 'rank0'"):
         EMANTeacher(nn.Linear(2, 2), sync_buffers="average")
+
+
+def test_why_there_are_no_processes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise PermissionError("no network here")
+
+    monkeypatch.setattr("processes.socket.socket.bind", bind)
+    assert why_none("gloo", 2) == "no port can be opened: no network here"
+    if dist.is_nccl_available() and not torch.cuda.is_available():
+        assert why_none("nccl", 2) == "needs 2 CUDA GPUs; torch sees 0"
 
 
 def test_one_process_has_nothing_to_sync() -> None:
@@ -379,6 +404,30 @@ def test_the_loop_of_the_readme_with_fsdp(world: World, forwards: str) -> None:
 
 def test_shards_that_have_replicas(worlds: Callable[[str, int], World], backend: str) -> None:
     worlds(backend, 4).run(follow_sharded, (2, 2), "teacher and student")
+
+
+def local(network: nn.Module) -> dict[str, Tensor]:
+    state = network.state_dict()
+    return {name: (t.to_local() if isinstance(t, DTensor) else t).cpu().clone() for name, t in state.items()}
+
+
+def follow_into_cpu_memory() -> str:
+    student = shard(uneven())
+    teacher = EMANTeacher(student, MOMENTUM, module=shard(uneven(), offload_policy=CPUOffloadPolicy()))
+    for _ in steps(student):
+        expected = local(teacher.module)
+        teacher.update(student)
+        for name, tensor in local(student).items():
+            want = lerp(expected[name], tensor, MOMENTUM) if tensor.is_floating_point() else tensor
+            assert_same_bits(local(teacher.module)[name], want, name)
+    return plan_for(teacher.module, student).describe()
+
+
+@pytest.mark.cuda
+def test_shards_in_cpu_memory(worlds: Callable[[str, int], World]) -> None:
+    for description in worlds("nccl", 2).run(follow_into_cpu_memory):
+        assert "reference" not in description
+        assert "to pinned memory of the CPU, in copies: 1" in description
 
 
 def describe_sharded(kernel: str) -> tuple[str, int]:

@@ -277,7 +277,7 @@ def test_teachers_that_differ_are_left_to_the_reference():
     student = torch.ones(100)
     teachers = [torch.zeros(100), torch.zeros(100, dtype=torch.bfloat16)]
     made, tensors = planned([Pair("w", teacher, student, "ema", group) for group, teacher in enumerate(teachers)])
-    assert made.ineligible == {"w": "its teachers differ in dtypes or ties"}
+    assert made.ineligible == {"w": "its teachers differ in dtypes, devices or ties"}
     made.run(Call([0.75, 0.5]), tensors)
     assert (teachers[0] == 0.25).all()
     assert (teachers[1] == 0.5).all()

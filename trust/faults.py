@@ -19,14 +19,19 @@ class Fault(NamedTuple):
 
 MATH, CPU, CUDA = "csrc/ema_math.h", "csrc/eman_update_cpu.cpp", "csrc/eman_update.cuh"
 WATCH_CPP, PLAN, PAIRING = "csrc/watch.cpp", "eman_kernels/plan.py", "eman_kernels/pairing.py"
-STEP = "eman_kernels/step.py"
+STEP, DISTRIBUTED = "eman_kernels/step.py", "eman_kernels/distributed.py"
 TEACHER, SWAP, MEMORY = "eman_kernels/teacher.py", "eman_kernels/swap.py", "eman_kernels/memory.py"
 WATCH, LOW, TRITON = "eman_kernels/watch.py", "eman_kernels/low_precision.py", "eman_kernels/backends/triton_kernels.py"
 KNOWN, CALL, REFERENCE = "eman_kernels/known.py", "eman_kernels/call.py", "eman_kernels/backends/reference.py"
-FOREACH, EXTENSION = "eman_kernels/backends/foreach.py", "eman_kernels/backends/extension.py"
+FOREACH, EXTENSION, STAGING = (
+    "eman_kernels/backends/foreach.py",
+    "eman_kernels/backends/extension.py",
+    "eman_kernels/staging.py",
+)
 
 HOST = "test_host_kernel.py"
 INTERPRETED = "test_triton.py -k interpreted"
+ELSEWHERE = "test_elsewhere.py"
 
 FAULTS = [
     # ------------------------------------------------------------ the arithmetic of an element
@@ -104,7 +109,7 @@ FAULTS = [
     Fault(PLAN, "(addresses % 16 == 0) * VECTOR16", "(addresses % 8 == 0) * VECTOR16", "test_plan.py"),
     Fault(PLAN, "        addresses |= extra\n", "", "test_plan.py test_general.py"),
     Fault(
-        PLAN,
+        DISTRIBUTED,
         "first += ((numel if pair.whole is None else pair.whole) + 7) // 8 * 8",
         "first += numel",
         "test_general.py test_rounding.py",
@@ -120,7 +125,7 @@ FAULTS = [
     Fault(PLAN, "if extent(teacher) != teacher.numel():", "if False:", "test_plan.py"),
     Fault(
         PLAN,
-        "len({(pair.teacher.dtype, pair.rule) for pair in bundle}) > 1",
+        "len({(p.teacher.dtype, p.teacher.device, p.rule) for p in bundle}) > 1",
         "False",
         "test_general.py test_teacher.py test_life.py",
     ),
@@ -129,7 +134,7 @@ FAULTS = [
     Fault(MEMORY, "starts[at - 1] + width > start", "starts[at - 1] + width >= start", "test_situations.py"),
     Fault(
         MEMORY,
-        "(_place(known.student), known.rule) != (_place(pair.student), pair.rule)",
+        "(place(known.student), known.rule) != (place(pair.student), pair.rule)",
         "known.rule != pair.rule",
         "test_plan.py test_pairing.py",
     ),
@@ -214,6 +219,16 @@ FAULTS = [
         "[call() for call in calls]",
         "test_interrupts.py",
     ),
+    # ------------------------------------------------------------ teachers elsewhere
+    Fault(STAGING, "copy.stream.synchronize()", "pass", ELSEWHERE),
+    Fault(STAGING, "        self.stream.wait_stream(current)\n", "", ELSEWHERE),
+    Fault(STAGING, "                current.wait_stream(self.stream)\n", "", ELSEWHERE),
+    Fault(STAGING, "left -= _bytes(pair)", "left -= pair.student.nbytes // 2", ELSEWHERE),
+    Fault(STAGING, "setdefault(place(pair.student), pair)", "setdefault(id(pair), pair)", ELSEWHERE),
+    Fault(STAGING, "call.found_inf = call.found_inf.cpu()", "pass", ELSEWHERE),
+    Fault(STAGING, "extent(pair.teacher) == pair.teacher.numel()", "True", ELSEWHERE),
+    Fault(KNOWN, "if o.options != followed.options or not isinstance(o.plan, StagedPlan)", "", ELSEWHERE),
+    Fault(PLAN, "{(p.teacher.dtype, p.teacher.device, p.rule)", "{(p.teacher.dtype, p.rule)", ELSEWHERE),
     # ------------------------------------------------------------ the other backends
     Fault(
         REFERENCE, "if place.group == 0 and call.skipped is not None", "if call.skipped is not None", "test_general.py"

@@ -279,7 +279,8 @@ def test_options_that_are_none():
 
 def test_found_inf_is_what_the_kernels_read():
     """float32 and 0-d, whatever it was; GradScaler's own is taken as it is."""
-    for given in (torch.tensor(True), torch.tensor([2]), torch.tensor(1.0, dtype=torch.float64)):
+    tiny = torch.tensor(1e-300, dtype=torch.float64)  # 0 in float32
+    for given in (torch.tensor(True), torch.tensor([2]), torch.tensor(1.0, dtype=torch.float64), tiny):
         found_inf = functional.call_of([0.5], given).found_inf
         assert (found_inf.dtype, found_inf.dim(), bool(found_inf)) == (torch.float32, 0, True)
     own = torch.tensor(0.0)

@@ -43,6 +43,8 @@ def interrupts():
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupted:
             return True
+        finally:
+            torch.set_grad_enabled(True)  # torch's own no_grad() can be left without its end
         return False
 
     yield interrupted

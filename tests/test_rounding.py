@@ -127,6 +127,22 @@ def test_a_bfloat16_teacher_rounded_to_nearest_stands_still():
     assert moved == pytest.approx(0.05 * (1 - 0.999**100), rel=0.05)
 
 
+@pytest.mark.parametrize("first", [0, 0xFFFF, (1 << 32) - 1])
+def test_each_step_of_a_teacher_draws_by_its_number(first):
+    student = torch.nn.Linear(40, 40).to(torch.bfloat16)
+    teacher = EMANTeacher(student, momentum=0.99, rounding="stochastic", seed=5)
+    beside = [parameter.clone() for parameter in teacher.module.parameters()]
+    with torch.no_grad():
+        student.weight += 1
+    teacher.step = first
+    for step in range(first, first + 3):
+        teacher.update(student)
+        options = {"rounding": "stochastic", "seed": 5, "step": step, "backend": "reference"}
+        ema_update_(beside, student.parameters(), 0.99, **options)
+        for ours, theirs in zip(teacher.module.parameters(), beside, strict=True):
+            assert torch.equal(ours, theirs), step
+
+
 def test_a_teacher_that_stands_still_is_warned_of_once():
     student = torch.nn.Linear(4, 4).to(torch.bfloat16)
     teacher = EMANTeacher(student, momentum=0.999)

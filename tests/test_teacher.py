@@ -446,6 +446,36 @@ def test_a_teacher_that_requires_grad_with_a_copy(student):
     assert not any(low.requires_grad for low in teacher._copy.copies)
 
 
+def test_a_new_master_that_looks_like_the_one_that_is_gone():
+    """The same address and version, and other values: Python gives out again what was freed last."""
+    layer = nn.Linear(300, 300, bias=False)
+    teacher = EMANTeacher(layer, 0.5, cast=torch.bfloat16)
+    module, x = teacher.module, torch.eye(300)
+    alike = 0
+    for number in range(100):
+        teacher(x)
+        old = module.weight
+        looks = id(old), old._version
+        module.weight = old = None
+        new = nn.Parameter(torch.empty(300, 300), requires_grad=False)
+        new.data.fill_(number)  # which torch does not count
+        module.weight = new
+        alike += looks == (id(new), new._version)
+        del new
+        assert torch.equal(teacher(x), torch.full((300, 300), number, dtype=torch.bfloat16))
+    assert alike
+
+
+def test_of_several_teachers_a_copy_that_is_in_use_is_written_along(student):
+    teachers = EMANTeachers(student, [0.5, 0.75], cast=torch.bfloat16)
+    teachers[1](torch.randn(2, 3, 6, 6))
+    train_step(student)
+    teachers.update(student)
+    copy = teachers[1]._copy
+    for name, low in copy.tensors.items():
+        assert torch.equal(low, teachers[1].module.state_dict()[name].to(low.dtype)), name
+
+
 @pytest.mark.parametrize("backend", ["cpu", "foreach", "reference"])
 def test_after_an_update_no_copy_is_made_again(student, backend, monkeypatch):
     if reason := available_backends()[backend]:

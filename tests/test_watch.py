@@ -496,6 +496,34 @@ def test_a_buffer_that_alternates_makes_two_plans(plans):
     assert len(plans) == 2
 
 
+@both_walks
+def test_tensors_that_exchange_their_names_where_they_stand():
+    """Their order is that of the dict, and stays: only the names are others."""
+    teacher, student = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6)
+    student.bias = nn.Parameter(torch.randn(6, 6))
+    teacher.bias = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    eman_update_(teacher, student, 0.0)
+    weight, bias = student.weight, student.bias
+    student._parameters.clear()
+    student._parameters.update(bias=weight, weight=bias)
+    eman_update_(teacher, student, 0.0)
+    assert torch.equal(teacher.weight, bias)
+    assert torch.equal(teacher.bias, weight)
+
+
+@both_walks
+def test_attributes_in_another_order_are_no_change(plans):
+    teacher, student = Net(), Net()
+    eman_update_(teacher, student, 0.5)
+    for module in (teacher, student.conv):
+        attributes = list(vars(module).items())
+        vars(module).clear()
+        vars(module).update(reversed(attributes))
+    eman_update_(teacher, student, 0.0)
+    assert torch.equal(teacher.conv.weight, student.conv.weight)
+    assert len(plans) == 1
+
+
 def test_plans_of_a_pair_are_bounded_and_the_last_used_stay(plans):
     teacher, student = Net(), Net()
     eman_update_(teacher, student, 0.5)

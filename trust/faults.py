@@ -177,7 +177,7 @@ FAULTS = [
         STEP,
         "any(teacher._copy is not None for teacher in teachers)",
         "all(teacher._copy is not None for teacher in teachers)",
-        "test_teacher.py test_general.py test_life.py",
+        "test_teacher.py",
     ),
     Fault(
         STEP,
@@ -186,7 +186,10 @@ FAULTS = [
         "test_teacher.py test_rounding.py",
     ),
     Fault(
-        TEACHER, "return new if new.dtype == tensor.dtype else tensor.to(new.device)", "return new", "test_teacher.py"
+        TEACHER,
+        "return new if new.dtype == tensor.dtype else tensor.to(new.device)",
+        "return new",
+        "test_situations.py",
     ),
     # ------------------------------------------------------------ swaps
     Fault(SWAP, "lost = self._give_back()", 'lost = ""', "test_swap.py"),
@@ -195,7 +198,7 @@ FAULTS = [
         SWAP,
         "            except BaseException:\n                self.leave()\n                raise",
         "            except Exception:\n                self.leave()\n                raise",
-        "test_swap.py",
+        "test_interrupts.py test_swap.py",
     ),
     Fault(SWAP, "        torch.clear_autocast_cache()\n", "", "test_swap.py"),
     Fault(
@@ -233,10 +236,13 @@ FAULTS = [
     Fault(
         REFERENCE, "if place.group == 0 and call.skipped is not None", "if call.skipped is not None", "test_general.py"
     ),
+    Fault(REFERENCE, "new = torch.where(call.found_inf != 0, teacher, new)", "pass", "test_general.py"),
     Fault(
-        REFERENCE, "new = torch.where(call.found_inf != 0, teacher, new)", "pass", "test_teacher.py test_functional.py"
+        FOREACH,
+        "writes.append(partial(torch.where, where, student, teacher, out=teacher))",
+        "pass",
+        "test_nonfinite.py test_backends.py",
     ),
-    Fault(FOREACH, "torch.where(where, student, teacher, out=teacher)", "pass", "test_nonfinite.py test_backends.py"),
     Fault(FOREACH, "        elif weight == 0:\n            continue\n", "", "test_nonfinite.py test_backends.py"),
     Fault(EXTENSION, "call.step & 0xFFFFFFFF", "call.step & 0xFFFF", "test_rounding.py test_general.py"),
     Fault(

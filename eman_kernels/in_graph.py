@@ -4,6 +4,7 @@ graph, with nothing done by Python in a step. What several processes have in com
 Imported only then: torch._dynamo is here anyway, and ``import eman_kernels`` does without it.
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -61,7 +62,7 @@ def eman_update_(
     if _sharded([*teachers.values(), *students.values()]):
         function = functional.eman_update_
         return outside(function, teacher, student, momentum, rules=rules, buffers=buffers, **others)
-    names, copied, caching = _pairs(teacher, student, tuple(rules.items()), buffers)
+    names, copied, caching = _pairs(id(teacher), id(student), tuple(rules.items()), buffers)
     ema_update_(
         [teachers[name] for name in names], [students[name] for name in names], momentum, copied=copied, **others
     )
@@ -82,8 +83,9 @@ def update(
         return outside(update_locked, teachers, student, momentum, found_inf)
     for teacher in teachers:
         check_turn(teacher)
-        _prepare(teacher, found_inf is not None and found_inf.device.type != "cpu")
-        teacher._student = ref(student)
+        _prepare(id(teacher), found_inf is not None and found_inf.device.type != "cpu")
+        # nn.Module's own asks what a weak reference is, which torch 2.11 does not know in a graph.
+        object.__setattr__(teacher, "_student", ref(student))
         step = teacher._step
         by_step = teacher.momentum(step.double()) if callable(teacher.momentum) else teacher.momentum
         eman_update_(
@@ -123,12 +125,19 @@ def _in_tensor(number: float | Tensor, dtype: torch.dtype) -> Tensor:
     return number if isinstance(number, Tensor) else torch.full((), number, dtype=dtype, device="cpu")
 
 
+def _at(address: int) -> Any:
+    """The object of this id. A module itself is no argument for assume_constant_result before torch 2.14; that its id
+    is the same is a condition of the graph."""
+    return ctypes.cast(address, ctypes.py_object).value
+
+
 @torch.compiler.assume_constant_result
 def _pairs(
-    teacher: nn.Module, student: nn.Module, rules: tuple[tuple[str, Rule], ...], buffers: Rule
+    teacher_id: int, student_id: int, rules: tuple[tuple[str, Rule], ...], buffers: Rule
 ) -> tuple[tuple[str, ...], tuple[bool, ...], bool]:
     """The names of the tensors that are updated, which of them are copied, and whether modules of the teacher keep what
     they have computed from them; found when the graph is made."""
+    teacher, student = _at(teacher_id), _at(student_id)
     check_order([*teacher.parameters()], [*student.parameters()], "eman_update_(teacher, student, momentum)")
     pairs = pair_modules(teacher, student, dict(rules), buffers)
     return (
@@ -139,8 +148,9 @@ def _pairs(
 
 
 @torch.compiler.assume_constant_result
-def _prepare(teacher: EMANTeacher, on_device: bool) -> None:
+def _prepare(teacher_id: int, on_device: bool) -> None:
     """When the graph is made: the step lies in a tensor from now on. A number would be a constant of the graph."""
+    teacher = _at(teacher_id)
     teacher._prepare(on_device)
     if not isinstance(teacher._step, Tensor):
         with torch.inference_mode(False):

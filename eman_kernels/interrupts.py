@@ -20,4 +20,4 @@ def at_once(*calls: Callable[[], object]) -> None:
     Python runs the handlers of signals, and raises KeyboardInterrupt, between two bytecodes. There are none here where
     each call is C's own: a function of the extension, of torch or of a dict, bound by functools.partial.
     """
-    exhaust(ready(*calls))
+    exhaust(map(_call, calls))

@@ -218,7 +218,7 @@ FAULTS = [
     Fault("eman_kernels/caches.py", "                exhaust(modes)\n", "                pass\n", "test_swap.py"),
     Fault(
         "eman_kernels/interrupts.py",
-        "exhaust(ready(*calls))",
+        "exhaust(map(_call, calls))",
         "[call() for call in calls]",
         "test_interrupts.py",
     ),

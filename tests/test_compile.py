@@ -136,9 +136,7 @@ def test_the_operator_refuses_what_the_function_refuses():
         assert_same_bits(tensor, was)
 
 
-@pytest.mark.parametrize(
-    ("backend", "call"), [*((backend, op) for backend in COMPILERS), ("eager", ema_update_)], ids=str
-)
+@pytest.mark.parametrize(("backend", "call"), [*((backend, op) for backend in COMPILERS), ("eager", ema_update_)])
 def test_lists_in_a_graph(backend: str, call: Callable, plans: list):
     teachers, students = lists()
     expected = [tensor.clone() for tensor in teachers]

@@ -28,14 +28,15 @@ SIZES = (100, 300)  # tensors
 class Counts:
     operations: int  # each at least one launch on a GPU
     gigabytes: float  # read and written
-    syncs: int  # times that the host would wait for a GPU
+    syncs: int  # times that the host waits for a GPU; counted on a CPU, that it would
 
 
 class Counting(TorchDispatchMode):
     """Counts what torch dispatches: views and allocations are nothing, a written tensor is an operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.device = device
         self.names: list[str] = []
         self.bytes = 0
         self.syncs = 0
@@ -44,7 +45,7 @@ class Counting(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name in ("_local_scalar_dense", "is_nonzero"):
-            self.syncs += 1
+            self.syncs += args[0].device == self.device
             return result
         schema = function._schema
         given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | (kwargs or {})
@@ -69,9 +70,9 @@ def bytes_of(table: Tensor) -> int:
     return sum(n * BYTES_OF_CODE[c] for n, c in zip(numel.tolist(), code.tolist(), strict=True))
 
 
-def counts(update, plan: Plan | None) -> Counts:
+def counts(update, plan: Plan | None, device: torch.device) -> Counts:
     """Of one call that is not the first. A kernel of ours is one operation, and its table says its bytes."""
-    with Counting() as counted:
+    with Counting(device) as counted:
         update()
     tables = [work.table for work in plan.works if work.backend.TAKES_TABLE] if plan else []
     size = counted.bytes + sum(map(bytes_of, tables))

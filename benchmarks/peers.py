@@ -55,7 +55,7 @@ def in_lightning(callback: Any, teacher: nn.Module, student: nn.Module) -> Follo
     def wrapped(network: nn.Module) -> LightningModule:
         module = LightningModule()
         module.network = network
-        return module
+        return module.to(next(network.parameters()).device)  # so that it knows where it is
 
     optimizer = torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.0)
     trainer = SimpleNamespace(global_step=0, optimizers=[optimizer])  # all that the hooks ask their trainer for

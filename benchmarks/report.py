@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from adapters import adapters
-from checks import rules_kept
+from checks import RULES, rules_kept
 from counts import SIZES, host_instructions, no_callgrind
 from growth import around_the_kernel, around_the_kernel_of_teachers, growth
 from models import DTYPES, MODELS, pair
@@ -70,6 +70,8 @@ def rules_rows(device: torch.device, parts: list[str] | None) -> list[dict]:
                 rows.append({"kind": "rules", "method": name, "rules": rules_kept(method, device)})
         except ImportError:
             continue  # the tables of times say that it is not here
+        except Exception as error:  # of a library of another version, say: the others have their rows
+            rows.append({"kind": "rules", "method": name, "rules": dict.fromkeys(RULES, f"raises: {said(error)}")})
     return rows
 
 

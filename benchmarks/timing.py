@@ -196,7 +196,7 @@ def admit(row: Row, method: Method | str, following: Following, student: nn.Modu
     """The gate: count the update and compare its result. A row that then says why_not gets no figure."""
     plan = following.plan()
     if following.dispatched:
-        counted = counts(following.update, plan)
+        counted = counts(following.update, plan, next(student.parameters()).device)
         row.operations, row.gigabytes, row.syncs = counted.operations, counted.gigabytes, counted.syncs
     found = faults(following, student, MOMENTUM, method.exact)
     row.lacks = ", ".join(found)
@@ -237,7 +237,8 @@ def measure(
         rows[label].operations, rows[label].syncs = 1, 0
         rows[label].gigabytes = times_read * flat[0].nbytes / 1e9
     if device.type == "cuda":
-        for label in [label for label in updates if label.startswith(("eman_kernels", "foreach"))]:
+        # Of what does not wait for the device: a capture that fails can leave torch's generator unusable.
+        for label in [n for n in updates if n.startswith(("eman_kernels", "foreach")) and not rows[n].syncs]:
             replayed = label + GRAPH
             rows[replayed] = replace(rows[label], method=replayed)
             try:

@@ -29,10 +29,10 @@ from eman_kernels.pairing import Pair
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-BUILDS = [(in_flight, threads) for threads in (256, 512) for in_flight in (1, 2, 4)]
+BUILDS = [(in_flight, threads) for threads in (128, 256, 512) for in_flight in (1, 2, 4)]
 WARPS = (4, 8)
-CHUNKS = (2048, 4096, 8192, 16384, 32768)
-NETWORKS = ("wide_resnet28_2", "mobilenet_v3_large", "resnet50")
+CHUNKS = (1024, 2048, 4096, 8192, 16384)  # elements
+NETWORKS = ("wide_resnet28_2", "mobilenet_v3_large", "resnet50", "vit_b_16")
 TINY = 10_000  # tensors, of 64 elements
 ROUNDS = 15
 
@@ -122,11 +122,9 @@ def rows_of(
         ("flat lerp", None): lambda: flat[0].lerp_(flat[1], 1.0 - MOMENTUM),
         ("foreach", None): lambda: torch._foreach_lerp_(teachers, students, 1.0 - MOMENTUM),
     }
-    on_gpu = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else None
-    ruled = plan.chunk_size(elements, processors)
+    ruled = plan.chunk_size(pairs[0], None if device.type == "cpu" else plan.GPU_CHUNK_BYTES)
     for chunk in CHUNKS:
-        table = plan.table(pairs, chunk=chunk).to(device)
+        table = plan.table(pairs, chunk_bytes=4 * chunk).to(device)
         for label, launch in launches.items():
             runs[label, chunk] = launch(table)
     rows, cache = [], nothing_cached(device)

@@ -17,26 +17,26 @@ namespace eman {
 #endif
 constexpr int kThreads = EMAN_THREADS;
 // The pairs of vectors that a thread of the plain kernel loads before it stores the first. With one, the 8 blocks of an
-// SM have 64 KB in flight, where 18 KB keep the memory of an H100 busy (3.35 TB/s for 700 ns, over 132 SMs); two take
-// 38 to 43 registers, which leave room for 5 or 6 blocks.
+// SM have 64 KB in flight, where 25 KB keep the memory of an H200 busy (4.8 TB/s for 700 ns, over 132 SMs); two take
+// 38 to 43 registers, which leave room for 5 or 6 blocks. Measured there, two and four gain nothing.
 constexpr int kInFlight = EMAN_IN_FLIGHT;
 
 struct alignas(16) Words {
   uint32_t x, y, z, w;
 };
 
-// An address out of a table is generic to the compiler (LD.E). These say that it is global (LDG.E), that what is read
-// only is not written while we run (.nc), and that nothing here is read twice (L1::no_allocate).
+// An address out of a table is generic to the compiler (LD.E). These say that it is global (LDG.E), and that what is
+// read only is not written while we run (.nc). Nothing here is read twice, but L1::no_allocate costs 3 to 6 % (H200).
 #if defined(__CUDA_ARCH__)
-#define EMAN_ACCESSES(TYPE, PTX, REGISTER)                                                        \
-  __device__ __forceinline__ void load_read_only(TYPE& v, uint64_t address) {                     \
-    asm("ld.global.nc.L1::no_allocate." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address));       \
-  }                                                                                               \
-  __device__ __forceinline__ void load(TYPE& v, uint64_t address) {                               \
-    asm volatile("ld.global.L1::no_allocate." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address)); \
-  }                                                                                               \
-  __device__ __forceinline__ void store(uint64_t address, TYPE v) {                               \
-    asm volatile("st.global." PTX " [%0], %1;" ::"l"(address), REGISTER(v) : "memory");           \
+#define EMAN_ACCESSES(TYPE, PTX, REGISTER)                                              \
+  __device__ __forceinline__ void load_read_only(TYPE& v, uint64_t address) {           \
+    asm("ld.global.nc." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address));             \
+  }                                                                                     \
+  __device__ __forceinline__ void load(TYPE& v, uint64_t address) {                     \
+    asm volatile("ld.global." PTX " %0, [%1];" : "=" REGISTER(v) : "l"(address));       \
+  }                                                                                     \
+  __device__ __forceinline__ void store(uint64_t address, TYPE v) {                     \
+    asm volatile("st.global." PTX " [%0], %1;" ::"l"(address), REGISTER(v) : "memory"); \
   }
 EMAN_ACCESSES(uint16_t, "u16", "h")
 EMAN_ACCESSES(uint32_t, "u32", "r")
@@ -46,12 +46,12 @@ EMAN_ACCESSES(uint64_t, "u64", "l")
 // PTX has no 8-bit register.
 __device__ __forceinline__ void load_read_only(uint8_t& v, uint64_t address) {
   uint16_t wide;
-  asm("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=h"(wide) : "l"(address));
+  asm("ld.global.nc.u8 %0, [%1];" : "=h"(wide) : "l"(address));
   v = static_cast<uint8_t>(wide);
 }
 __device__ __forceinline__ void load(uint8_t& v, uint64_t address) {
   uint16_t wide;
-  asm volatile("ld.global.L1::no_allocate.u8 %0, [%1];" : "=h"(wide) : "l"(address));
+  asm volatile("ld.global.u8 %0, [%1];" : "=h"(wide) : "l"(address));
   v = static_cast<uint8_t>(wide);
 }
 __device__ __forceinline__ void store(uint64_t address, uint8_t v) {
@@ -59,14 +59,10 @@ __device__ __forceinline__ void store(uint64_t address, uint8_t v) {
 }
 
 __device__ __forceinline__ void load_read_only(Words& v, uint64_t address) {
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(address));
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
 }
 __device__ __forceinline__ void load(Words& v, uint64_t address) {
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
 }
 __device__ __forceinline__ void store(uint64_t address, const Words& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)

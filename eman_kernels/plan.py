@@ -1,5 +1,6 @@
 """Pairs -> the table of chunks."""
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -17,8 +18,8 @@ from .memory import check_memory, extent, strides_of, without_ties_and_empties
 from .pairing import Pair, check
 from .watch import is_plain
 
-# The elements of a full chunk: at most the first number, on a GPU at least the second (see chunk_size).
-CHUNK_SIZE, SMALLEST_CHUNK = 16384, 4096
+# A full chunk has so many elements on a CPU, and on a GPU so many bytes of the wider tensor's (see chunk_size).
+CHUNK_SIZE, GPU_CHUNK_BYTES = 16384, 8192
 # csrc/chunk.h, in Python's words.
 VECTOR16, COPIED, CAST_TO_HALF = 1, 2, 4
 MAX_TEACHERS = 8
@@ -41,24 +42,17 @@ _EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.fl
 _captured_tables: list[Tensor] = []
 
 
-def chunk_size(numel: int, multiprocessors: int | None) -> int:
-    """How many elements a full chunk has, of numel in all; None: not on a GPU.
+def chunk_size(pair: Pair, chunk_bytes: int | None) -> int:
+    """How many elements a full chunk of this pair has. chunk_bytes: None on a CPU.
 
-    Large, so that the record costs nothing beside the elements: 32 bytes of 200,000; for a large model 4,096 elements
-    would cost 3.5 % by a model of waves and latency. But a small model is not to wait for its last chunk: a block of
-    256 threads takes 1,024 float32 elements a round, so that 16,384 are 16 rounds of about a microsecond in turn, where
-    memory would need 6 for all of WideResNet-28-2. A block has 8 KB in flight and an H100's SM needs 18 KB (3.35 TB/s
-    for 700 ns, over 132 SMs): with 4 chunks for each SM, no bandwidth is lost. 1.5 M elements then take 6.8 us by that
-    model and not 12.1; from 8.7 M on nothing changes. A power of two: a tensor's chunks are aligned as its first.
+    On a GPU two rounds of a block's 256 threads, of 16 bytes each: then many blocks share what there is evenly, and the
+    record is 32 bytes of 24,000. Measured on an H200 (benchmarks/variants.py, float32, time over a flat lerp's): 1.03
+    for ResNet-50 and 1.01 for ViT-B, with eight times as much 1.09 and 1.05, with half as much 1.03 and 1.02. A power
+    of two: a tensor's chunks are aligned as its first.
     """
-    if multiprocessors is None:
+    if chunk_bytes is None:
         return CHUNK_SIZE
-    fair = numel // (4 * multiprocessors)
-    return min(max(1 << fair.bit_length() >> 1, SMALLEST_CHUNK), CHUNK_SIZE)
-
-
-def _multiprocessors(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    return chunk_bytes // max(pair.teacher.element_size(), pair.student.element_size())
 
 
 class Place(NamedTuple):
@@ -110,8 +104,8 @@ class Work:
         self.streams: set[int] = set()
         self.captured = False
         if backend.TAKES_TABLE:
-            size = chunk_size(self.numel // n_teachers, _multiprocessors(device))
-            self.table = table(pairs, n_teachers, skip_nonfinite, size).to(device)
+            chunk_bytes = None if device.type == "cpu" else GPU_CHUNK_BYTES
+            self.table = table(pairs, n_teachers, skip_nonfinite, chunk_bytes).to(device)
             self.n_pieces = len(self.table) // n_teachers
             if device.type != "cpu":
                 self.streams.add(self.current_stream())
@@ -307,39 +301,48 @@ def _tried(bundle: list[Pair], n_teachers: int, *options: bool) -> str | None:
     return None
 
 
-def table(pairs: Sequence[Pair], n_teachers: int = 1, skip_nonfinite: bool = False, chunk: int = CHUNK_SIZE) -> Tensor:
-    """The chunk records, int64 [n_pieces * n_teachers, 4]; csrc/chunk.h says what they hold. A full one has `chunk`
-    elements.
+def table(
+    pairs: Sequence[Pair], n_teachers: int = 1, skip_nonfinite: bool = False, chunk_bytes: int | None = None
+) -> Tensor:
+    """The chunk records, int64 [n_pieces * n_teachers, 4]; csrc/chunk.h says what they hold. chunk_bytes: as in
+    chunk_size.
 
     pairs: those of one student tensor behind one another, a teacher each.
 
-    Full chunks come first: the small tensors then fill the tail of the run instead of opening it. Plain Python, because
-    torch's own loops start OpenMP's threads, for which a forked child waits forever.
+    Full chunks come first: the small tensors then fill the tail of the run instead of opening it. Without torch, whose
+    loops start OpenMP's threads, for which a forked child waits forever.
     """
-    pieces: list[tuple[int, list[int]]] = []
+    full, ends = array("q"), []
     for bundle in (pairs[i : i + n_teachers] for i in range(0, len(pairs), n_teachers)):
-        numel = bundle[0].teacher.numel()
+        chunk = chunk_size(bundle[0], chunk_bytes)
+        n_full, rest = divmod(bundle[0].teacher.numel(), chunk)
         by_dtype = skip_nonfinite or any(pair.cast is not None for pair in bundle)
-        whole = [_record(pair, by_dtype) for pair in bundle]
-        for first in range(0, numel, chunk):
-            length = min(chunk, numel - first)
-            words: list[int] = []
-            for (teacher, student, extra, code), (teacher_bytes, student_bytes, extra_bytes) in whole:
-                words += (
-                    teacher + first * teacher_bytes,
-                    student + first * student_bytes,
-                    extra + first * extra_bytes,
-                    length | code << 32,
-                )
-            pieces.append((length, words))
-    pieces.sort(key=lambda piece: -piece[0])
-    words = [word for _, piece in pieces for word in piece]
-    return torch.tensor(words, dtype=torch.int64, device="cpu").view(-1, 4)
+        columns, end = [], array("q")
+        for pair in bundle:
+            addresses, sizes, code = _record(pair, by_dtype)
+            columns += [_column(start, chunk * size, n_full) for start, size in zip(addresses, sizes, strict=True)]
+            columns += [_column(chunk | code << 32, 0, n_full)]
+            end.extend(start + n_full * chunk * size for start, size in zip(addresses, sizes, strict=True))
+            end.append(rest | code << 32)
+        records = array("q", bytes(8 * len(columns) * n_full))
+        for i, column in enumerate(columns):
+            records[i :: len(columns)] = column
+        full += records
+        if rest:
+            ends.append((rest, end))
+    for _, end in sorted(ends, key=lambda end: -end[0]):
+        full += end
+    return torch.frombuffer(full, dtype=torch.int64).view(-1, 4) if full else torch.empty(0, 4, dtype=torch.int64)
 
 
-def _record(pair: Pair, by_dtype: bool) -> tuple[tuple[int, int, int, int], tuple[int, int, int]]:
-    """The record of the whole pair as if it were one chunk, its code with the flags, and by how much an element moves
-    each address. by_dtype: a copy is told from others of its width.
+def _column(first: int, step: int, n: int) -> array:
+    """first, first + step, ..., n numbers."""
+    return array("q", range(first, first + n * step, step)) if step else array("q", [first]) * n
+
+
+def _record(pair: Pair, by_dtype: bool) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
+    """The first three words of the pair's first chunk, by how much an element moves each, and the code with the flags.
+    by_dtype: a copy is told from others of its width.
 
     Chunks are a multiple of 16 elements, so that all are aligned as the first.
     """
@@ -356,7 +359,7 @@ def _record(pair: Pair, by_dtype: bool) -> tuple[tuple[int, int, int, int], tupl
         extra, extra_bytes = pair.first, 1
     code |= (addresses % 16 == 0) * VECTOR16 << 16
     sizes = teacher.element_size(), student.element_size(), extra_bytes
-    return (teacher.data_ptr(), student.data_ptr(), extra, code), sizes
+    return (teacher.data_ptr(), student.data_ptr(), extra), sizes, code
 
 
 def pair_code(pair: Pair) -> int | None:

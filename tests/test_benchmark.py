@@ -60,7 +60,7 @@ def test_operations_and_bytes_of_a_call(make, dtype, operations, each):
     teacher, student = models.pair("resnet50", dtype, CPU)
     following = make(teacher, student, 0.999)
     following.update()
-    counted = counts.counts(following.update, following.plan())
+    counted = counts.counts(following.update, following.plan(), torch.device("cpu"))
     counters = 53 * 2 * 8
     assert counted.operations == operations
     assert round(1e9 * counted.gigabytes) == each * (25_557_032 + 2 * 26_560) + counters
@@ -70,7 +70,8 @@ def test_operations_and_bytes_of_a_call(make, dtype, operations, each):
 @torch.no_grad()
 def test_a_wait_for_the_device_is_counted():
     there = torch.ones(3)
-    assert counts.counts(lambda: there.sum().item(), None).syncs == 1
+    assert counts.counts(lambda: there.sum().item(), None, torch.device("cpu")).syncs == 1
+    assert counts.counts(lambda: there.sum().item(), None, torch.device("cuda", 0)).syncs == 0
 
 
 def slices(tensors):

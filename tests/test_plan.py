@@ -10,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from eman_kernels import backends, ema_update_, eman_update_, plan_for
+from eman_kernels import backends, ema_update_, eman_update_, plan, plan_for
 from eman_kernels.backends import extension, reference
 from eman_kernels.pairing import Pair, pair_lists
-from eman_kernels.plan import CHUNK_SIZE, COPY_CODES, MAX_TEACHERS, PAIR_CODES, VECTOR16, chunk_size, table
+from eman_kernels.plan import (
+    CHUNK_SIZE,
+    COPY_CODES,
+    GPU_CHUNK_BYTES,
+    MAX_TEACHERS,
+    PAIR_CODES,
+    VECTOR16,
+    chunk_size,
+    table,
+)
 
 numels = st.one_of(st.integers(0, 40), st.integers(CHUNK_SIZE - 9, CHUNK_SIZE + 9), st.integers(0, 5 * CHUNK_SIZE))
 dtypes = st.sampled_from([*EMA_PAIRS, *((dtype, dtype) for dtype in COPY_DTYPES)])
@@ -26,9 +35,9 @@ def records(rows):
         yield teacher, student, extra, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, packed >> 48
 
 
-@given(sizes)
+@given(sizes, st.sampled_from([None, 1024, GPU_CHUNK_BYTES]))
 @settings(max_examples=200, deadline=None)
-def test_every_element_lies_in_exactly_one_chunk(cases):
+def test_every_element_lies_in_exactly_one_chunk(cases, chunk_bytes):
     pairs = []
     for i, (numel, (teacher, student), *offsets) in enumerate(cases):
         t, s = (torch.empty(numel + o, dtype=d)[o:] for d, o in zip((teacher, student), offsets, strict=True))
@@ -36,19 +45,20 @@ def test_every_element_lies_in_exactly_one_chunk(cases):
     pairs = [pair for pair in pairs if pair.teacher.numel()]
     covered = {}
     lengths = []
-    for teacher, student, extra, numel, code, flags in records(table(pairs)):
-        assert 1 <= numel <= CHUNK_SIZE
+    for teacher, student, extra, numel, code, flags in records(table(pairs, chunk_bytes=chunk_bytes)):
         assert flags == (VECTOR16 if teacher % 16 == 0 and student % 16 == 0 else 0)
         lengths.append(numel)
         covered.setdefault(code, []).append((teacher, student, extra, numel))
-    assert lengths == sorted(lengths, reverse=True)
     expected = {}
+    n_full = 0
     for pair in pairs:
         code = PAIR_CODES.get((pair.rule, pair.teacher.dtype, pair.student.dtype))
         code = COPY_CODES[pair.teacher.element_size()] if code is None else code
         t_bytes, s_bytes = pair.teacher.element_size(), pair.student.element_size()
-        for first in range(0, pair.teacher.numel(), CHUNK_SIZE):
-            n = min(CHUNK_SIZE, pair.teacher.numel() - first)
+        most = CHUNK_SIZE if chunk_bytes is None else chunk_bytes // max(t_bytes, s_bytes)
+        for first in range(0, pair.teacher.numel(), most):
+            n = min(most, pair.teacher.numel() - first)
+            n_full += n == most
             expected.setdefault(code, []).append(
                 (
                     pair.teacher.data_ptr() + first * t_bytes,
@@ -58,6 +68,8 @@ def test_every_element_lies_in_exactly_one_chunk(cases):
                 )
             )
     assert {code: sorted(rows) for code, rows in covered.items()} == {c: sorted(rows) for c, rows in expected.items()}
+    ends = lengths[n_full:]  # after the full ones
+    assert ends == sorted(ends, reverse=True)
 
 
 def test_what_decides_on_16_byte_accesses():
@@ -86,32 +98,34 @@ def test_codes_and_layout_are_those_of_chunk_h():
 
 
 @pytest.mark.parametrize(
-    ("numel", "multiprocessors", "size"),
-    [  # 132 SMs: an H100
-        (1_471_994, 132, 4096),  # WideResNet-28-2: 2,787 a chunk
-        (5_507_432, 132, 8192),  # MobileNetV3-large: 10,430
-        (25_610_152, 132, 16384),
-        (4 * 132 * 8192 - 1, 132, 4096),
-        (4 * 132 * 8192, 132, 8192),
-        (4 * 132 * 16384 - 1, 132, 8192),
-        (1, 132, 4096),
-        (0, 132, 4096),
-        (5_507_432, 40, 16384),
-        (1_471_994, None, CHUNK_SIZE),
+    ("teacher", "student", "size"),
+    [
+        (torch.float32, torch.float32, 2048),
+        (torch.float32, torch.bfloat16, 2048),
+        (torch.float16, torch.float32, 2048),
+        (torch.bfloat16, torch.bfloat16, 4096),
+        (torch.float64, torch.float64, 1024),
+        (torch.int64, torch.int64, 1024),
+        (torch.bool, torch.bool, 8192),
     ],
 )
-def test_the_size_of_a_chunk(numel, multiprocessors, size):
-    assert chunk_size(numel, multiprocessors) == size
+def test_the_size_of_a_chunk(teacher, student, size):
+    """Two rounds of 256 threads with 16 bytes each of the wider."""
+    pair = Pair("", torch.zeros(1, dtype=teacher), torch.zeros(1, dtype=student), "ema")
+    assert chunk_size(pair, GPU_CHUNK_BYTES) == size
+    assert chunk_size(pair, None) == CHUNK_SIZE
 
 
-def test_a_table_on_a_gpu_is_cut_by_its_multiprocessors(monkeypatch):
-    monkeypatch.setattr("eman_kernels.plan._multiprocessors", lambda device: 10)
-    teachers = [torch.zeros(400_000) for _ in range(2)]
-    student = torch.zeros(400_000)
-    for n, lengths in ((1, 49), (2, 49)):  # 400,000 of the student in 8,192s
+@pytest.mark.parametrize(("device", "n_pieces"), [("cpu", 25), ("cuda", 196), ("xpu", 196)])
+def test_what_is_not_a_cpu_has_a_gpus_chunks(monkeypatch, device, n_pieces):
+    """400,000 elements in 16,384s and in 2,048s, of one teacher and of two."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    monkeypatch.setattr(plan.Work, "current_stream", lambda work: 0)
+    teachers, student = [torch.zeros(400_000) for _ in range(2)], torch.zeros(400_000)
+    for n in (1, 2):
         pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(teachers[:n])]
-        work = work_of(pairs, types.SimpleNamespace(TAKES_TABLE=True), torch.device("cpu"), n)
-        assert work.n_pieces == lengths
+        work = work_of(pairs, types.SimpleNamespace(TAKES_TABLE=True), torch.device(device, 0), n)
+        assert work.n_pieces == n_pieces
         assert sum(packed & 0xFFFFFFFF for packed in work.table[:, 3].tolist()) == n * 400_000
 
 

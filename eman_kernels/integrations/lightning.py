@@ -80,11 +80,11 @@ class EMANWeightAveraging(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._average_model = _Average(pl_module, **self._options).to(self._device or pl_module.device)
+            self._average_model = _Average(pl_module, **self._options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now has Lightning given the model the dtype of its precision; the two are to be exchanged.
-        average = self._average_model.module
+        # Only now has Lightning moved the model, and given it the dtype of its precision; the two are to be exchanged.
+        average = self._average_model.to(self._device or pl_module.device).module
         for own, model in ((average.parameters(), pl_module.parameters()), (average.buffers(), pl_module.buffers())):
             for tensor, like in zip(own, model, strict=True):
                 tensor.data = tensor.data.to(like.dtype)

@@ -47,9 +47,9 @@ def batches() -> DataLoader:
 
 
 def fit(callback: lightning.Callback, module: Module, folder: object, path: str | None = None, **options: object):
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0} | options
+    options = {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0} | options
     trainer = lightning.Trainer(
-        accelerator="cpu", callbacks=callback, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callback, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, **options,
     )  # fmt: skip
     trainer.fit(module, batches(), batches(), ckpt_path=path, weights_only=False if path else None)
@@ -148,6 +148,41 @@ def test_bfloat16(precision, tmp_path):
     average = callback._average_model.module.net[0].weight
     assert average.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert not torch.equal(average.float(), begin.to(average.dtype).float())
+
+
+@pytest.mark.parametrize(("given", "there"), [(None, "meta"), ("cpu", "cpu")])
+def test_the_average_goes_where_the_model_has_gone_since(given, there):
+    """Lightning moves the model after setup() and before on_fit_start()."""
+    module, callback = Module(), EMANWeightAveraging(device=given)
+    callback.setup(trainer := lightning.Trainer(accelerator="cpu", logger=False), module, "fit")
+    callback.on_fit_start(trainer, module.to("meta"))
+    assert {tensor.device.type for tensor in callback._average_model.module.state_dict().values()} == {there}
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
+    expected, found = [], []
+
+    class Beside(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            found.append(not all(p.grad.isfinite().all() for p in module.parameters()))
+
+        def on_train_batch_end(self, trainer, module, *_):
+            if not found[-1]:
+                expected.append({k: v.cpu() for k, v in module.net.state_dict().items()})
+
+    module, callback = Module(), EMANWeightAveraging(momentum=0.9)
+    average = {k: v.clone() for k, v in module.net.state_dict().items()}
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-30)
+    fit([Beside(), callback], module, tmp_path, accelerator="gpu", devices=1,
+        plugins=[MixedPrecision("16-mixed", "cuda", scaler=scaler)])  # fmt: skip
+    assert found == [True] + 7 * [False]
+    assert callback._average_model.step == 7
+    for state in expected:
+        average = {k: v.lerp(state[k], 0.1) if v.is_floating_point() else state[k] for k, v in average.items()}
+    for name, tensor in callback._average_model.module.net.state_dict().items():
+        assert tensor.is_cuda
+        torch.testing.assert_close(tensor.cpu(), average[name], rtol=1e-6, atol=1e-7)
 
 
 def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path):

@@ -4,6 +4,7 @@ A library that is not installed gets no figure, and the table says what to insta
 """
 
 import copy
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,10 @@ def timm_v3(teacher: nn.Module, student: nn.Module, momentum: float, **options: 
 
 
 def timm_v3_to_nearest(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from timm.utils import ModelEmaV3
+
+    if "stochastic_rounding" not in signature(ModelEmaV3).parameters:
+        raise ImportError("this timm rounds to nearest always; 1.0.31 and newer draw the rounding at random")
     return timm_v3(teacher, student, momentum, stochastic_rounding=False)
 
 

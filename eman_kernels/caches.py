@@ -1,6 +1,7 @@
 """Modules that keep, in eval mode, what they have computed from their weights: stale once those are written.
 
-timm's LeViT, TinyViT and EfficientFormer keep attention biases so, and drop or renew them in ``train(mode)``.
+timm's LeViT, TinyViT and EfficientFormer keep attention biases so, and drop or renew them in ``train(mode)``: to 1.0.29
+in ``train(True)`` alone.
 """
 
 from collections.abc import Iterable
@@ -24,12 +25,16 @@ def caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
 
 
 def renew(modules: Iterable[ref[nn.Module]]) -> None:
-    """Let them notice, each in the mode that it is in. After an interrupt it can be called again."""
+    """Let them notice, by way of training mode; each is then in the mode that it was in. After an interrupt it can be
+    called again."""
     for reference in modules:
         module = reference()
         if module is not None:
             modes = ready(*(partial(vars(each).__setitem__, "training", each.training) for each in module.modules()))
+            training = module.training
             try:
-                module.train(module.training)
+                module.train()
+                if not training:
+                    module.train(False)
             finally:
                 exhaust(modes)

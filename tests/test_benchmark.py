@@ -486,7 +486,7 @@ def test_every_stage_of_make_gpu_is_rehearsed(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     variants = (tmp_path / "variants-variants.log").read_text()
-    assert ("6 builds in" if shutil.which("nvcc") and shutil.which("g++") else "0 builds in") in variants
+    assert ("9 builds in" if shutil.which("nvcc") and shutil.which("g++") else "0 builds in") in variants
     assert re.search(r"^tiny, 640,000 elements", variants, re.M)
     assert not re.search(r"Error|other bits", variants)
     summary = (tmp_path / "summary.txt").read_text()
@@ -532,13 +532,13 @@ def test_the_table_of_the_variants():
     row = {"model": "m", "elements": 1000, "by the rule": False}
     rows = [row | {"method": "flat copy", "chunk": None, "median_ms": 0.5}]
     rows += [
-        row | {"method": "cuda", "chunk": c, "median_ms": c / 1e6, "by the rule": c == 8192} for c in variants.CHUNKS
+        row | {"method": "cuda", "chunk": c, "median_ms": c / 1e6, "by the rule": c == 2048} for c in variants.CHUNKS
     ]
-    rows[-1] = row | {"method": "cuda", "chunk": 32768, "why_not": "other bits"}
+    rows[-1] = row | {"method": "cuda", "chunk": 16384, "why_not": "other bits"}
     lines = variants.table_of(rows).splitlines()
     assert lines[2].split() == ["flat", "copy", "500.0"]
-    assert lines[3].split() == ["cuda", "2.0", "4.1", "8.2*", "16.4", "none"]
-    assert lines[4] == "  cuda, 32768: other bits"
+    assert lines[3].split() == ["cuda", "1.0", "2.0*", "4.1", "8.2", "none"]
+    assert lines[4] == "  cuda, 16384: other bits"
 
 
 # ---------------------------------------------------------------- two reports side by side

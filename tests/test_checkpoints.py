@@ -76,7 +76,7 @@ def test_timm(student, teacher, tmp_path):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_averaged_model(student, teacher, wrapped):
-    model = nn.DataParallel(student) if wrapped else student
+    model = nn.DataParallel(student).cpu() if wrapped else student
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in range(5):
         train_step(student)

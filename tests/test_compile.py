@@ -328,7 +328,7 @@ def test_found_inf_in_a_graph(found_inf: float):
 def test_several_teachers_and_a_network_in_a_graph():
     student = network()
     teachers, others = (EMANTeachers(student, [0.5, schedules.WarmUp(0.9)]) for _ in range(2))
-    network_, other, wrapped = network(), network(), nn.DataParallel(student)
+    network_, other, wrapped = network(), network(), nn.DataParallel(student).cpu()
 
     def step(m: Tensor) -> None:
         teachers.update(student)

@@ -370,7 +370,7 @@ class Life(RuleBasedStateMachine):
             if any(p.requires_grad for p in core.parameters()):
                 self.student = nn.parallel.DistributedDataParallel(core, init_sync=False)
         elif wrapper == "dp":
-            self.student = nn.DataParallel(core)
+            self.student = nn.DataParallel(core).cpu()
         elif wrapper == "compile":
             self.student = torch.compile(core)
         self.follow(pick)

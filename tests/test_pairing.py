@@ -49,13 +49,17 @@ def test_buffers(buffers):
     assert rules["body.1.weight"] == "ema"
 
 
+def data_parallel(net):
+    return nn.DataParallel(net).cpu()  # it moves to the GPU where there is one
+
+
 def wrapped_inside(net):
     net.body = torch.compile(net.body)
     return net
 
 
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, torch.compile, lambda n: nn.DataParallel(torch.compile(n)), wrapped_inside]
+    "wrap", [data_parallel, torch.compile, lambda n: data_parallel(torch.compile(n)), wrapped_inside]
 )
 def test_prefixes_are_looked_through(wrap):
     plain = Net()

@@ -69,7 +69,7 @@ def test_the_teacher_has_memory_for_the_adapters_only(how: str) -> None:
 def test_what_is_not_shared_follows(how: str) -> None:
     student = net()
     options = {"module": net(), "keep_values": "values" in how} if "module" in how else {}
-    teacher = EMANTeacher(DataParallel(student), MOMENTUM, rules=RULES, **options)
+    teacher = EMANTeacher(DataParallel(student).cpu(), MOMENTUM, rules=RULES, **options)
     expected = state(teacher.module)
     for _ in range(3):
         train(student)

@@ -292,23 +292,44 @@ def test_attention_biases_that_timm_keeps(name):
 
 
 class Caching(nn.Linear):
-    """Keeps its transposed weight in eval mode."""
+    """Keeps a copy of its weight in eval mode."""
 
     def train(self, mode=True):
         super().train(mode)
-        self.kept = None if mode else self.weight.detach().t().contiguous()
+        self.kept = None if mode else self.weight.detach().clone()
         return self
 
     def forward(self, x):
-        return x @ (self.weight.t() if self.kept is None else self.kept) + self.bias
+        return x @ (self.weight if self.kept is None else self.kept).t() + self.bias
 
 
+class CachingUntilTraining(Caching):
+    """Makes the copy in its first forward in eval mode, and drops it in training mode only, as timm 1.0.29 does."""
+
+    kept = None
+
+    def train(self, mode=True):
+        nn.Linear.train(self, mode)
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        if self.kept is None and not self.training:
+            self.kept = self.weight.detach().clone()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("caching", [Caching, CachingUntilTraining])
 @pytest.mark.parametrize("training", [True, False])
-def test_modules_that_cache_in_eval_mode(training):
-    student = nn.Sequential(Caching(3, 3), nn.Dropout(0.5), nn.Linear(3, 3)).train(training)
+def test_modules_that_cache_in_eval_mode(training, caching):
+    student = nn.Sequential(caching(3, 3), nn.Dropout(0.5), nn.Linear(3, 3)).train(training)
     student[1].eval()
     teachers = EMANTeachers(student, [0.25, 0.75])
+    x = torch.randn(2, 3)
     with torch.no_grad():
+        for network in (student, *teachers):
+            network(x)
         student[0].weight.add_(1)
         student.train(training)
         student[1].eval()
@@ -316,9 +337,10 @@ def test_modules_that_cache_in_eval_mode(training):
         teachers.update(student)
         assert torch.equal(teachers[0].module[0].weight, torch.lerp(before, student[0].weight, 0.75))
         for teacher in teachers:
-            assert torch.equal(teacher.module[0].kept, teacher.module[0].weight.t())
-            assert not teacher.module[0].training
-        x = torch.randn(2, 3)
+            own = teacher.module[0]
+            assert torch.equal(own(x), x @ own.weight.t() + own.bias)
+            assert torch.equal(own.kept, own.weight)
+            assert not own.training
         with teachers.swapped(1, student):
             assert torch.equal(student[0](x), x @ student[0].weight.t() + student[0].bias)
             assert [m.training for m in student] == [training, False, training]
@@ -345,7 +367,7 @@ def test_a_cache_of_a_layer_that_came_later():
     student[1] = Caching(3, 3)
     teacher.module[1] = Caching(3, 3).requires_grad_(False).eval()
     teacher.update(student)
-    assert torch.equal(teacher.module[1].kept, teacher.module[1].weight.t())
+    assert torch.equal(teacher.module[1].kept, teacher.module[1].weight)
 
 
 def test_within_one_autocast_context(student, teacher):

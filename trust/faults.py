@@ -98,14 +98,11 @@ FAULTS = [
     ),
     Fault(WATCH, "where: object = first.setdefault(id(tensor), i)", "where: object = i", "test_watch.py -k python"),
     # ------------------------------------------------------------ the plan
-    Fault(
-        PLAN,
-        "for first in range(0, numel, chunk)",
-        "for first in range(0, numel - 1, chunk)",
-        "test_plan.py test_backends.py",
-    ),
-    Fault(PLAN, "student + first * student_bytes", "student + first * teacher_bytes", "test_plan.py test_backends.py"),
-    Fault(PLAN, "pieces.sort(key=lambda piece: -piece[0])", "", "test_plan.py"),
+    Fault(PLAN, "if rest:\n            ends", "if rest > 1:\n            ends", "test_plan.py test_backends.py"),
+    Fault(PLAN, "sizes = teacher.element_size(), student", "sizes = teacher.element_size(), teacher", "test_plan.py"),
+    Fault(PLAN, "sorted(ends, key=lambda end: -end[0])", "ends", "test_plan.py"),
+    Fault(PLAN, "end.append(rest | code << 32)", "end.append(rest + 1 | code << 32)", "test_plan.py"),
+    Fault("eman_kernels/caches.py", "                module.train()\n", "                pass\n", "test_swap.py"),
     Fault(PLAN, "(addresses % 16 == 0) * VECTOR16", "(addresses % 8 == 0) * VECTOR16", "test_plan.py"),
     Fault(PLAN, "        addresses |= extra\n", "", "test_plan.py test_general.py"),
     Fault(

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter
-from tables import by_size, groups, keepers, main_of_ours, of_kind, on_threads
+from tables import by_size, duration, groups, keepers, main_of_ours, of_kind, on_threads
 from updates import COPY, LIMIT, LOOP, OURS
 
 matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -53,7 +53,7 @@ def bars(rows: list[dict], dtype: str, threads: int) -> Figure:
             axes.barh(y, length, color=colour, height=0.75)
             axes.hlines(y, q1, q3, color=BLACK, linewidth=1.2)
             cut = " (bar cut)" if row["x_limit"] > CUT else ""
-            label = f"{row['x_limit']:.2f}, {row['median_ms']:.2f} ms{cut}"
+            label = f"{row['x_limit']:.2f}, {duration(row['median_ms'])}{cut}"
             axes.text(max(length, q3) + 0.1, y, label, va="center", fontsize=7.5)
         axes.set_yticks(range(len(at)), [row["method"] for row in at], fontsize=8)
         axes.axvline(1, color=BLACK, linestyle="--", linewidth=1)
@@ -68,7 +68,8 @@ def bars(rows: list[dict], dtype: str, threads: int) -> Figure:
     last.legend(handles=handles, loc="center", frameon=False, fontsize=10)
     on = f", {on_threads(threads)}" if rows[0]["device"] == "cpu" else ""
     figure.suptitle(
-        f"One update, {dtype}{on}, cold cache: medians, in multiples of the limit and in ms. {place(rows)}", fontsize=9
+        f"One update, {dtype}{on}, cold cache: medians, as multiples of the limit and as times. {place(rows)}",
+        fontsize=9,
     )
     return figure
 

@@ -1,7 +1,7 @@
 """`make report`: everything that this machine can measure, as JSON, tables and pictures.
 
-Writes <device>-<date>.json, after each measurement, then .md and .png into benchmarks/results; of a whole run on a CPU
-the summary goes into both READMEs.
+Writes <device>-<date>.json, after each measurement, then .md and .png into benchmarks/results; of a whole run the
+summary goes into both READMEs, whose CPU and GPU have a place each.
 """
 
 import argparse
@@ -170,8 +170,9 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
 
 def conditions(rows: list[dict]) -> str:
     row, threads = rows[0], on_threads(max(key[2] for key in groups(rows)))
+    where = f"{row['cpu']}, {threads}" if row["device"] == "cpu" else f"{row['device']}, driver {row['driver']}"
     return (
-        f"{row['cpu']}, {threads}, torch {row['torch']}, {row['date']}: time over that of one `lerp_` on a flat "
+        f"{where}, torch {row['torch']}, {row['date']}: time over that of one `lerp_` on a flat "
         "vector of as many elements, float32, medians"
     )
 
@@ -184,19 +185,25 @@ def short(rows: list[dict]) -> str:
 def block(rows: list[dict], stem: str) -> str:
     """What benchmarks/README.md shows of a report."""
     folder = f"results/{stem}"
-    head = f"{conditions(rows)}; quartiles and the rest are in [{stem}.md]({folder}.md)."
-    figures = [f"![{what}]({folder}-{name}.png)" for name, what in (
-        ("float32", "One update by method and model, as a multiple of the limit"),
-        ("growth", "Growth of the cost with the elements and with the tensors"),
-    )]  # fmt: skip
+    parts = [f"{conditions(rows)}; quartiles and the rest are in [{stem}.md]({folder}.md).", summary(rows, "float32")]
+    parts += [f"![One update by method and model, as a multiple of the limit]({folder}-float32.png)"]
+    if of_kind(rows, "elements"):
+        parts += [f"![Growth of the cost with the elements and with the tensors]({folder}-growth.png)"]
+    if of_kind(rows, "step"):
+        parts += [step_table(rows)]
     mine = next(row for row in rows if row["kind"] == "update" and "plan_ms" in row)
-    around = (
+    parts += [
         f"`EMANTeacher.update()` apart from the kernel, for {mine['model']}: {mine['teacher_warm_us']:.0f} us in a "
         f"warm cache and {mine['teacher_cold_us']:.0f} us in a cold one; with `cast` {mine['cast_warm_us']:.0f} and "
         f"{mine['cast_cold_us']:.0f} us. Making its plan takes {mine['plan_ms']:.1f} ms, once; the table "
         f"of chunks is {mine['table_bytes'] / 1e3:.0f} KB."
-    )
-    return "\n\n".join([head, summary(rows, "float32").rstrip(), *figures, step_table(rows).rstrip(), around]) + "\n"
+    ]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def place(device: str) -> str:
+    """Which of a README's two generated parts shows a report from there."""
+    return "make report" if device == "cpu" else "make report on a GPU"
 
 
 def main() -> int:
@@ -218,9 +225,9 @@ def main() -> int:
     pictures = draw(rows, stem) if draw else []
     stem.with_suffix(".md").write_text(text(rows, pictures))
     whole = not (arguments.quick or arguments.model or arguments.dtype or arguments.method)
-    if device.type == "cpu" and whole and arguments.out == HERE / "results":
+    if whole and not of_kind(rows, "failed") and arguments.out == HERE / "results":
         for page, shown in ((README, short(rows)), (HERE / "README.md", block(rows, stem.name))):
-            page.write_text(embed(page.read_text(), "make report", shown))
+            page.write_text(embed(page.read_text(), place(device.type), shown))
     print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
     return int(bool(of_kind(rows, "failed")))
 

@@ -91,6 +91,10 @@ def rules_table(rows: list[dict]) -> str:
     return markdown(lines, ["method", *RULES]) + "".join(raised) + "\n" * bool(raised)
 
 
+def duration(ms: float) -> str:
+    return f"{ms:.2f} ms" if ms >= 0.1 else f"{1e3 * ms:.1f} us"
+
+
 def summary(rows: list[dict], dtype: str, only: list[str] | None = None) -> str:
     """x limit and milliseconds of each method, or of those, and of each model, by the most threads."""
     threads = max(key[2] for key in groups(rows))
@@ -102,7 +106,7 @@ def summary(rows: list[dict], dtype: str, only: list[str] | None = None) -> str:
         cells = []
         for found in chosen.values():
             row = next(row for row in found if row["method"] == method)
-            cells.append(f"{row['x_limit']:.2f}, {row['median_ms']:.2f} ms" if row.get("median_ms") else "none")
+            cells.append(f"{row['x_limit']:.2f}, {duration(row['median_ms'])}" if row.get("median_ms") else "none")
         name = f"**{method}**" if method.startswith(OURS) else method
         lines.append([name, "" if method in (LIMIT, COPY) else "yes" if method in kept else "no", *cells])
     return markdown(lines, ["method", "keeps the EMAN rule", *chosen])

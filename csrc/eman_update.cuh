@@ -171,7 +171,8 @@ __device__ __forceinline__ void store_copy(uint64_t address, const Elements<floa
   store(address, low.word());
 }
 
-// All that an update can be. The student's elements are read once for all teachers. Returns how many were skipped.
+// All that an update can be. The student's elements are read once for all teachers, and each teacher's before they are
+// needed: with the student's, or before the teacher's before it is computed. Returns how many were skipped.
 template <typename Rule>
 __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule, const Call& call,
                                                  const Philox& philox) {
@@ -179,11 +180,15 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
   using S = typename Rule::Student;
   uint32_t skipped = 0;
   rule.heals = call.skip_nonfinite;
+  const uint64_t first_student = records[0].student, first_teacher = records[0].teacher;
   for_elements<T, S, 1>(records[0], [&](auto n, auto, uint32_t first) {
     constexpr int kN = decltype(n)::value;
+    const uint64_t offset = uint64_t{first} * sizeof(T);
     Elements<S, kN> student;
     typename Elements<S, kN>::Word student_word;
-    load_read_only(student_word, records[0].student + uint64_t{first} * sizeof(S));
+    typename Elements<T, kN>::Word teacher_word;
+    load_read_only(student_word, first_student + uint64_t{first} * sizeof(S));
+    load(teacher_word, first_teacher + offset);
     student.from(student_word);
     uint32_t kept = 0;  // a bit each
     if (call.skip_nonfinite) {
@@ -193,11 +198,9 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
     }
     for (int k = 0; k < call.n_teachers; ++k) {
       const Chunk chunk = records[k];
-      const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
       Elements<T, kN> was, teacher;
-      typename Elements<T, kN>::Word teacher_word;
-      load(teacher_word, teacher_address);
       was.from(teacher_word);
+      if (k + 1 < call.n_teachers) load(teacher_word, records[k + 1].teacher + offset);
       rule.weight = call.weight(k);
       if (chunk.flags & kCopied) {
 #pragma unroll
@@ -221,7 +224,7 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
 #pragma unroll
         for (int i = 0; i < kN; ++i) teacher.at[i] = kept >> i & 1u ? was.at[i] : teacher.at[i];
       }
-      store(teacher_address, teacher.word());
+      store(chunk.teacher + offset, teacher.word());
       if constexpr (Rule::kCasts) {
         const uint64_t copy_address = chunk.extra + uint64_t{first} * sizeof(uint16_t);
         if (chunk.extra == 0) continue;

@@ -355,15 +355,18 @@ def test_the_report(quick_report):
         assert f"({name})" in text
 
 
-def test_the_readmes_show_the_newest_report():
+@pytest.mark.parametrize("devices", ["cpu", "nvidia"])
+def test_the_readmes_show_the_newest_report(devices):
     report = pytest.importorskip("report", reason=f"matplotlib is not installed: {REMEDY}")
-    newest = max((BENCHMARKS / "results").glob("cpu-*.json"))
+    newest = max(path for path in (BENCHMARKS / "results").glob(f"{devices}-*.json") if "variants" not in path.name)
     rows = json.loads(newest.read_text())
+    place = report.place(rows[0]["device"])
     for folder, shown in ((BENCHMARKS.parent, report.short(rows)), (BENCHMARKS, report.block(rows, newest.stem))):
         readme = (folder / "README.md").read_text()
-        assert readme == tables.embed(readme, "make report", shown)
-    for name in ("float32", "growth"):
-        assert newest.with_name(f"{newest.stem}-{name}.png").exists()
+        assert shown in readme
+        assert readme == tables.embed(readme, place, shown)
+    for name in re.findall(rf"\(results/({newest.stem}-\w+\.png)\)", report.block(rows, newest.stem)):
+        assert newest.with_name(name).exists()
 
 
 def test_a_narrowed_report_is_written_piece_by_piece(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from project import build, copy_project, environment, pytest_command
+from project import AT_ONCE, build, copy_project, environment, pytest_command
 
 LEAST = 95
 # What they run is the installer, the benchmarks and the trainings: a third of the time, and no line of the package that
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         (project / ".coveragerc").write_text(CONFIG)
         # tests/test_host_kernel.py compiles CUDA's kernels, and takes the usual variable.
         env = environment(project, CXXFLAGS="--coverage -fprofile-update=atomic")
-        arguments = arguments or [f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT]
+        arguments = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT)]
         tests = pytest_command(f"--basetemp={project}/tmp", *arguments)
         coverage = [sys.executable, "-m", "coverage"]
         failed = subprocess.run([*coverage, "run", *tests[1:]], cwd=project, env=env).returncode

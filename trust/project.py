@@ -9,6 +9,8 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
+# pytest's arguments for a process a core, each with whole files.
+AT_ONCE = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def copy_project(to: Path) -> None:

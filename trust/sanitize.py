@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from project import build, copy_project, environment, pytest_command
+from project import AT_ONCE, build, copy_project, environment, pytest_command
 
 # A build for any x86-64: the loader picks the clones before the sanitizer can run.
 FLAGS = (
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
             UBSAN_OPTIONS="print_stacktrace=1",
         )
-        tests = arguments or [f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT]
+        tests = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT)]
         return subprocess.run(pytest_command(*tests), cwd=project, env=sanitized).returncode
 
 

@@ -24,7 +24,7 @@ def check(backend: str) -> str | None:
             eman_update_(teacher, student, 0.99, backend=name)
         networks.append(teacher.state_dict())
     wrong = [name for name, tensor in networks[0].items() if not torch.equal(tensor, networks[1][name])]
-    return f"differs from the reference in {', '.join(wrong)}" if wrong else None
+    return f"but differs from the reference in {', '.join(wrong)}" if wrong else None
 
 
 def main() -> int:
@@ -40,7 +40,8 @@ def main() -> int:
     for name, reason in available_backends().items():
         fault = check(name) if reason is None else None
         faults += fault is not None
-        print(f"  {name:10} {'available' if reason is None else f'not available: {reason}'}{fault or ''}")
+        said = f"not available: {reason}" if reason else f"available, {fault}" if fault else "available"
+        print(f"  {name:10} {said}")
     print(f"self-check: {'failed' if faults else 'passed'}")
     return min(faults, 1)
 

@@ -79,7 +79,10 @@ class World:
         return answers
 
     def stop(self) -> None:
+        for connection in self._connections:
+            connection.close()  # the end of its work, to a process that waits for more
         for process in self._processes:
+            process.join(5)
             process.kill()
             process.join()
 
@@ -93,7 +96,10 @@ def _serve(connection: Connection, backend: str, rank: int, size: int, folder: s
     file = f"file://{folder}/{backend}-{size}"
     dist.init_process_group(backend, init_method=file, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     while True:
-        work, args = connection.recv()
+        try:
+            work, args = connection.recv()
+        except EOFError:
+            return
         torch.manual_seed(0)
         try:
             answer = True, work(*args)

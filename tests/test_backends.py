@@ -2,6 +2,7 @@
 
 import ctypes
 import ctypes.util
+import re
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from conftest import (
 )
 
 import eman_kernels
+from eman_kernels import __main__ as report
 from eman_kernels import ema_update_
 from eman_kernels.backends import reference
 
@@ -160,3 +162,23 @@ def test_cpu_kernel_uses_several_threads_with_the_same_bits():
         assert_same_bits(mine, want, f"{threads} threads")
     assert cpu.threads(10) == 1
     assert cpu.threads(1 << 30) == torch.get_num_threads()
+
+
+def test_the_report_checks_each_backend_that_is_there(capsys, monkeypatch):
+    assert report.main() == 0
+    there = [name for name, reason in eman_kernels.available_backends().items() if reason is None]
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\w+) +available$", said, re.M) == there
+    assert "self-check: passed" in said
+    update = report.eman_update_
+
+    def off_by_one_bit(teacher, student, momentum, backend):
+        update(teacher, student, momentum, backend=backend)
+        if backend == "foreach":
+            teacher[0].bias.view(torch.int32)[-1] ^= 1
+
+    monkeypatch.setattr(report, "eman_update_", off_by_one_bit)
+    assert report.main() == 1
+    said = capsys.readouterr().out
+    assert re.search(r"foreach +available, but differs from the reference in 0\.bias$", said, re.M), said
+    assert "self-check: failed" in said

@@ -22,14 +22,16 @@ CONFIG = """
 source = eman_kernels
 branch = false
 parallel = true
+concurrency = multiprocessing, thread
 patch = subprocess
 disable_warnings = no-data-collected
 [report]
 show_missing = true
 skip_covered = true
 """
-# Triton compiles its functions: no line of theirs is run by Python but in its interpreter, which copies them.
-CONFIG += "exclude_also =\n    @triton.jit[\\s\\S]*?(?=\\n\\n    @|\\Z)\n"
+# Triton compiles its functions, and torch.compile reads what it traces: no line of either is run by Python (but in
+# Triton's interpreter, which copies them).
+CONFIG += "exclude_also =\n    @triton.jit[\\s\\S]*?(?=\\n\\n    @|\\Z)\n    if torch.compiler.is_compiling\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -58,6 +60,7 @@ def main(arguments: list[str]) -> int:
                 "--filter",
                 f"{project}/csrc/",
                 f"--fail-under-line={LEAST}",
+                "--merge-lines",  # of a template, and of the clones of which the loader picks one
                 "--merge-mode-functions=merge-use-line-0",
                 "--gcov-ignore-errors=no_working_dir_found",
                 project,

@@ -85,7 +85,7 @@ def update(
         check_turn(teacher)
         _prepare(id(teacher), found_inf is not None and found_inf.device.type != "cpu")
         # nn.Module's own asks what a weak reference is, which torch 2.11 does not know in a graph.
-        object.__setattr__(teacher, "_student", ref(student))
+        object.__setattr__(teacher, "_student", _weakly(id(student)))
         step = teacher._step
         by_step = teacher.momentum(step.double()) if callable(teacher.momentum) else teacher.momentum
         eman_update_(
@@ -145,6 +145,12 @@ def _pairs(
         tuple(pair.rule == "copy" for pair in pairs),
         bool(caching_modules(teacher)),
     )
+
+
+@torch.compiler.assume_constant_result
+def _weakly(module_id: int) -> Any:
+    """Made when the graph is: in torch 2.6 it cannot make one."""
+    return ref(_at(module_id))
 
 
 @torch.compiler.assume_constant_result

@@ -29,6 +29,9 @@ FOREACH, EXTENSION, STAGING = (
     "eman_kernels/staging.py",
 )
 
+FOLLOW, SCHEDULES, IN_GRAPH = "eman_kernels/follow.py", "eman_kernels/schedules.py", "eman_kernels/in_graph.py"
+CHECKPOINTS, INTEGRATIONS = "eman_kernels/checkpoints.py", "eman_kernels/integrations"
+
 HOST = "test_host_kernel.py"
 INTERPRETED = "test_triton.py -k interpreted"
 ELSEWHERE = "test_elsewhere.py"
@@ -257,4 +260,69 @@ FAULTS = [
     Fault(TRITON, "flags & 2 != 0", "flags & 1 != 0", INTERPRETED),
     Fault(TRITON, "// 8 + row.to(tl.uint64)", "// 8", INTERPRETED),
     Fault(TRITON, "(4 if GENERAL is None else 4 * GENERAL[0])", "4", INTERPRETED),
+    # ------------------------------------------------------------ schedules, and an optimizer's steps
+    Fault(SCHEDULES, "(1 + step) / (10 + step)", "step / (10 + step)", "test_schedules.py"),
+    Fault(SCHEDULES, "self.min_decay) * (since > 0)", "self.min_decay)", "test_schedules.py"),
+    Fault(SCHEDULES, "copied = step < self.updates", "copied = step <= self.updates", "test_schedules.py"),
+    Fault(FOLLOW, "(self.steps <= self.start)", "(self.steps < self.start)", "test_follow.py"),
+    Fault(FOLLOW, "(found_inf.reshape(()) == 0).long()", "1", "test_follow.py"),
+    Fault(FOLLOW, "self.start = 0 if first.step else self.start", "pass", "test_follow.py"),
+    # ------------------------------------------------------------ other libraries' checkpoints
+    Fault(CHECKPOINTS, "return 2, Recognised", "return 1, Recognised", "test_checkpoints.py"),
+    Fault(CHECKPOINTS, 'state["_extra_state"] = torch.tensor(found.step)', "pass", "test_checkpoints.py"),
+    Fault(CHECKPOINTS, "if len(tensors) != len(names)", "if False", "test_checkpoints.py"),
+    # ------------------------------------------------------------ compiled graphs
+    Fault(IN_GRAPH, "[students[name] for name in names]", "[*students.values()]", "test_compile.py"),
+    Fault(IN_GRAPH, "1 if found_inf is None else", "1 if True else", "test_compile.py"),
+    Fault(IN_GRAPH, 'pair.rule == "copy" for pair', "False for pair", "test_compile.py"),
+    # ------------------------------------------------------------ several processes
+    Fault(DISTRIBUTED, "module.reshard()", "pass", "test_distributed.py -k readme"),
+    Fault(DISTRIBUTED, "offset=_offset(pair.teacher)", "offset=0", "test_distributed.py -k bits"),
+    Fault(
+        DISTRIBUTED,
+        "self._flat /= self._flat[1].clone()",
+        "self._flat /= dist.get_world_size(self.group)",
+        "test_distributed.py -k sync",
+    ),
+    Fault(DISTRIBUTED, "shard = shard * size + coordinate", "shard = coordinate", "test_distributed.py -k replicas"),
+    # ------------------------------------------------------------ other libraries
+    Fault(f"{INTEGRATIONS}/torch.py", "n_averaged.double()", "n_averaged.float()", "integrations/test_torch.py"),
+    Fault(f"{INTEGRATIONS}/timm.py", "max(step - 1, 0)", "step", "integrations/test_timm.py"),
+    Fault(f"{INTEGRATIONS}/timm.py", "updates=update_after_step + 1", "updates=1", "integrations/test_timm.py"),
+    Fault(
+        f"{INTEGRATIONS}/lightly.py",
+        "eman_update_(model_ema, model, m,",
+        "eman_update_(model, model_ema, m,",
+        "integrations/test_lightly.py",
+    ),
+    Fault(f"{INTEGRATIONS}/lightly.py", "model_ema.eval()", "pass", "integrations/test_lightly.py"),
+    Fault(f"{INTEGRATIONS}/lightning.py", "if self._stepped:", "if True:", "integrations/test_lightning.py"),
+    Fault(
+        f"{INTEGRATIONS}/lightning.py",
+        '{"_extra_state": state["n_averaged"]}',
+        '{"_extra_state": state["n_averaged"] + 1}',
+        "integrations/test_lightning.py",
+    ),
+    Fault(
+        f"{INTEGRATIONS}/lightning.py",
+        "self.update(model, found_inf=self.found_inf)",
+        "self.update(model)",
+        "integrations/test_lightning.py",
+    ),
+    Fault(
+        f"{INTEGRATIONS}/diffusers.py",
+        "self.get_decay(self.optimization_step + 1)",
+        "self.get_decay(self.optimization_step)",
+        "integrations/test_diffusers.py",
+    ),
+    Fault(
+        f"{INTEGRATIONS}/diffusers.py", "not parameter.requires_grad for", "False for", "integrations/test_diffusers.py"
+    ),
+    Fault(
+        f"{INTEGRATIONS}/transformers.py",
+        "self.swap_back() if mode else self._swap(model)",
+        "pass",
+        "integrations/test_transformers.py",
+    ),
+    Fault(f"{INTEGRATIONS}/transformers.py", "self._load(args, state)", "pass", "integrations/test_transformers.py"),
 ]

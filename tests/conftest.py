@@ -229,6 +229,18 @@ def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
     return average
 
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
+def skip_unless_selectable(dtype: torch.dtype) -> None:
+    """The reference needs torch.where, and tests need an index: torch 2.6 and 2.7 lack one or both for float8."""
+    one, true = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=torch.bool)
+    try:
+        torch.where(true, one, one)[true]
+    except RuntimeError as error:
+        pytest.skip(f"this torch: {error}")
+
+
 def is_interpreted(backend: str, device: torch.device) -> bool:
     return backend == "triton" and device.type == "cpu"
 

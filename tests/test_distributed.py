@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_same_bits, lerp
+from conftest import TORCH, assert_same_bits, lerp
 from processes import World, why_none
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +30,12 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MOMENTUM = 0.9
+trains_shards = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch does not run on a CPU"
+)
+trains_shards_with_replicas = pytest.mark.skipif(
+    TORCH < (2, 8), reason="FSDP2 of torch 2.6 and 2.7 reduces over replicas by an operation that gloo lacks"
+)
 
 
 @pytest.fixture(scope="module")
@@ -397,11 +403,13 @@ def follow_sharded(shape: tuple[int, ...], forwards: str) -> None:
     torch.testing.assert_close(teacher(inputs), outside(inputs))
 
 
+@trains_shards
 @pytest.mark.parametrize("forwards", ["neither", "teacher", "student", "teacher and student"])
 def test_the_loop_of_the_readme_with_fsdp(world: World, forwards: str) -> None:
     world.run(follow_sharded, (world.size,), forwards)
 
 
+@trains_shards_with_replicas
 def test_shards_that_have_replicas(worlds: Callable[[str, int], World], backend: str) -> None:
     worlds(backend, 4).run(follow_sharded, (2, 2), "teacher and student")
 
@@ -473,12 +481,14 @@ def draw(shape: tuple[int, ...], rounding: str, nonfinite: str) -> None:
         assert whole(teacher.module)["3.0.weight"].isfinite().all()
 
 
+@trains_shards
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_shards_draw_the_bits_of_the_whole(world: World, rounding: str, nonfinite: str) -> None:
     world.run(draw, (world.size,), rounding, nonfinite)
 
 
+@trains_shards_with_replicas
 def test_replicas_of_shards_draw_the_same_bits(worlds: Callable[[str, int], World], backend: str) -> None:
     worlds(backend, 4).run(draw, (2, 2), "stochastic", "propagate")
 
@@ -493,6 +503,23 @@ def draw_differently() -> None:
         ema_update_([teacher], [student], 0.7, rounding="stochastic", step=1)
         first, *others = on_all(teacher.to_local().float())
         assert all(not torch.equal(first, other) for other in others)
+
+
+def draw_in_shards_of_shards() -> None:
+    torch.manual_seed(0)
+    whole_one = torch.randn(4 * 64, 8, device=device())
+    on, placements = mesh(2, 2), [Shard(0), Shard(0)]
+    student = distribute_tensor(whole_one, on, placements)
+    teacher = distribute_tensor(torch.zeros_like(whole_one, dtype=torch.bfloat16), on, placements)
+    plain = torch.zeros_like(whole_one, dtype=torch.bfloat16)
+    for step in range(1, 4):
+        ema_update_([teacher], [student], 0.7, rounding="stochastic", step=step)
+        ema_update_([plain], [whole_one], 0.7, rounding="stochastic", step=step)
+    assert_same_bits(teacher.full_tensor(), plain)
+
+
+def test_shards_of_shards_draw_the_bits_of_the_whole(worlds: Callable[[str, int], World], backend: str) -> None:
+    worlds(backend, 4).run(draw_in_shards_of_shards)
 
 
 def test_no_two_shards_draw_the_same_bits(world: World) -> None:
@@ -530,6 +557,7 @@ def swap_sharded(kind: str) -> None:
     teacher.update(student)
 
 
+@trains_shards
 @pytest.mark.parametrize("kind", ["plainly", "an error"])
 def test_shards_are_swapped(world: World, kind: str) -> None:
     world.run(swap_sharded, kind)
@@ -712,6 +740,7 @@ def cast_what_fsdp_gathers() -> tuple[str | None, torch.dtype]:
     return error, other(torch.randn(2, 7, device=device())).dtype
 
 
+@trains_shards
 def test_cast_says_that_fsdp_gathers_in_the_half_type(worlds: Callable[[str, int], World], backend: str) -> None:
     for error, dtype in worlds(backend, 2).run(cast_what_fsdp_gathers):
         assert "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)" in error
@@ -744,6 +773,7 @@ def update_in_a_graph(what: str) -> None:
         assert teacher.step == (step + 1 if what == "teacher" else 0)
 
 
+@trains_shards
 @pytest.mark.parametrize("what", ["teacher", "networks", "lists"])
 def test_shards_in_a_compiled_graph_break_it(worlds: Callable[[str, int], World], backend: str, what: str) -> None:
     worlds(backend, 2).run(update_in_a_graph, what)
@@ -772,6 +802,7 @@ def load(folder: Path) -> tuple[int, dict[str, Tensor]]:
     return teacher.step, {name: tensor.cpu() for name, tensor in whole(teacher.module).items()}
 
 
+@trains_shards
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (4, 2, 1)], ids=["1 2 4", "4 2 1"])
 def test_checkpoints_go_from_one_number_of_processes_to_another(
     worlds: Callable[[str, int], World], backend: str, sizes: tuple[int, ...], tmp_path: Path
@@ -800,6 +831,7 @@ def gather_whole() -> dict[str, Tensor] | None:
     return None
 
 
+@trains_shards
 def test_the_whole_state_dict_is_that_of_a_plain_network(world: World) -> None:
     world.run(gather_whole)
 

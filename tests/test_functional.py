@@ -11,7 +11,7 @@ from conftest import assert_same_bits, lerp, profiled
 from torch import nn
 
 import eman_kernels
-from eman_kernels import ema_update_, eman_update_, functional, plan_for
+from eman_kernels import ema_update_, eman_update_, functional, plan_for, watch
 
 
 def perturbed(model):
@@ -226,7 +226,7 @@ def test_no_walk_and_no_state_dict_in_a_step(monkeypatch):
         monkeypatch.setattr(nn.Module, name, forbidden)
     with profiled(torch.profiler.ProfilerActivity.CPU) as profile:
         eman_update_(teacher, student, 0.9)
-    if eman_kernels.available_backends()["cpu"] is None:
+    if eman_kernels.available_backends()["cpu"] is None and watch._reads_torch:  # torch 2.6 and 2.7 are asked in Python
         assert [event.key for event in profile.key_averages() if event.key.startswith("aten::")] == []
 
 

@@ -339,3 +339,27 @@ def test_interrupts_at_each_line_of_a_plan(make, what):
             break
         number += 1
     assert number > 50
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_at_each_line_of_a_swap_by_hooks():
+    """`swap` leaves nothing behind when it does not come to its end: no `with` does it."""
+    student = network()
+    teacher = EMANTeacher(student, 0.5)
+    teacher.module.load_state_dict(network().state_dict())
+    own, theirs, mode = values(teacher.module), values(student), modes(student)
+    number = 0
+    while True:
+        with AtLine(number) as at:
+            teacher.swap(student)
+        if at.left >= 0:
+            break
+        assert_idle(teacher)
+        assert_values(teacher.module, own)
+        assert_values(student, theirs)
+        assert modes(student) == mode
+        number += 1
+    assert_values(teacher.module, theirs)
+    teacher.swap_back()
+    assert_values(teacher.module, own)
+    assert number > 20

@@ -11,6 +11,7 @@ from conftest import (
     every_number,
     is_interpreted,
     lerp,
+    skip_unless_selectable,
     update,
 )
 from torch import nn
@@ -318,6 +319,7 @@ def same(one, other):
 @pytest.mark.parametrize("dtypes", OTHERS, ids=name_of)
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
 def test_dtypes_that_only_the_reference_knows(dtypes, nonfinite):
+    skip_unless_selectable(dtypes[0])
     numbers = torch.tensor([INF, -INF, NAN, 0.0, 1.0, -2.5], dtype=torch.float64)
     teacher, student = (
         column.to(dtype) for column, dtype in zip(torch.meshgrid(numbers, numbers, indexing="ij"), dtypes, strict=True)

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import TORCH
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -696,6 +697,8 @@ def test_a_views_neighbours_by_counting():
 
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 def test_export_before_the_first_call(cast):
+    if cast is not None and TORCH < (2, 8):
+        pytest.skip("torch 2.6 and 2.7 do not export functional_call of a Sequential")
     student = net()
     teacher = EMANTeacher(student, cast=cast)
     x = torch.randn(3, 4)

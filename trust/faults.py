@@ -282,9 +282,14 @@ FAULTS = [
         DISTRIBUTED,
         "self._flat /= self._flat[1].clone()",
         "self._flat /= dist.get_world_size(self.group)",
-        "test_distributed.py -k sync",
+        "test_distributed.py -k statistics",
     ),
-    Fault(DISTRIBUTED, "shard = shard * size + coordinate", "shard = coordinate", "test_distributed.py -k replicas"),
+    Fault(
+        DISTRIBUTED,
+        "shard = shard * size + coordinate",
+        "shard = coordinate",
+        "test_distributed.py -k shards_of_shards",
+    ),
     # ------------------------------------------------------------ other libraries
     Fault(f"{INTEGRATIONS}/torch.py", "n_averaged.double()", "n_averaged.float()", "integrations/test_torch.py"),
     Fault(f"{INTEGRATIONS}/timm.py", "max(step - 1, 0)", "step", "integrations/test_timm.py"),

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: bool = False, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
         self.fails = fails
@@ -39,7 +40,7 @@ class Module(lightning.LightningModule):
             raise ArithmeticError
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.1, fused=self.fused)
 
 
 def batches() -> DataLoader:
@@ -185,8 +186,10 @@ def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
         torch.testing.assert_close(tensor.cpu(), average[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path):
-    """16-mixed, with torch's GradScaler on the CPU: gradients that overflow at its first scale, and no more at 1024."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path, fused):
+    """16-mixed, with torch's GradScaler on the CPU: gradients that overflow at its first scale, and no more at 1024.
+    A fused optimizer makes each step, and skips it itself."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
     expected, skipped = [], []
 
@@ -198,7 +201,7 @@ def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path):
             if not skipped[-1]:
                 expected.append({k: v.clone() for k, v in module.net.state_dict().items()})
 
-    module, callback = Module(), EMANWeightAveraging(momentum=0.9)
+    module, callback = Module(fused=fused), EMANWeightAveraging(momentum=0.9)
     average = {k: v.clone() for k, v in module.net.state_dict().items()}
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fit([Beside(), callback], module, tmp_path, plugins=[plugin])

@@ -95,6 +95,20 @@ def test_a_schedule_gets_the_number_of_averages():
     torch.testing.assert_close(ours.module[0].weight.detach().double(), mean, rtol=1e-6, atol=1e-7)
 
 
+def test_a_schedule_gets_a_double():
+    """1 - m of a float32 m is three digits short."""
+    seen, student = [], net()
+
+    def schedule(n_averaged):
+        seen.append((n_averaged.dtype, int(n_averaged)))
+        return 1 - 1 / (n_averaged + 1)
+
+    averaged = AveragedModel(student, multi_avg_fn=get_eman_multi_avg_fn(schedule))
+    for _ in range(3):
+        averaged.update_parameters(student)
+    assert seen == [(torch.float64, 1), (torch.float64, 2)]
+
+
 def test_a_half_precision_average_rounded_at_random_moves_where_torchs_stands_still():
     student = nn.Linear(200, 200, bias=False, dtype=torch.bfloat16)
     averages = [

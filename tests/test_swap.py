@@ -429,6 +429,41 @@ def test_threads_take_turns():
     assert (student.weight == 0).all()
 
 
+def test_updates_from_several_threads():
+    """Of a teacher of each thread, of one that all share, and of plans that all make at once."""
+    each, student = 200, nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    shared, updated = EMANTeacher(student, 0.9), {}
+    with torch.no_grad():
+        for teacher in (shared, *(EMANTeacher(student, 0.9) for _ in range(4))):
+            for parameter in teacher.module.parameters():
+                parameter.fill_(1)
+            updated[teacher] = 0
+        for parameter in student.parameters():
+            parameter.fill_(0)
+    _, *own = updated
+
+    def work(teacher):
+        for number in range(each):
+            teacher.update(student)
+            shared.update(student)
+            if number % 4 == 0:
+                EMANTeacher(student, 0.5).update(student)
+        updated[teacher] = each
+
+    threads = [threading.Thread(target=work, args=(teacher,)) for teacher in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    updated[shared] = 4 * each
+    for teacher, number in updated.items():
+        assert teacher.step == number
+        value = torch.ones(1)
+        for _ in range(number):
+            value.lerp_(torch.zeros(1), 1 - 0.9)
+        assert all((parameter == value).all() for parameter in teacher.module.parameters())
+
+
 class Meanwhile(TorchDispatchMode):
     """Lets this happen once, in another thread, just before the first write of torch's in this one."""
 

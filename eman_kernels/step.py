@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .call import as_found_inf, call_of, check_modes
 from .distributed import check_sync
 from .functional import update_networks, update_options
+from .interrupts import holding
 
 if TYPE_CHECKING:
     from .teacher import EMANTeacher
@@ -24,17 +25,12 @@ def update_locked(
     student: nn.Module | None,
     momentum: float | Tensor | None,
     found_inf: Tensor | None,
-    locked: int = 0,
 ) -> None:
-    """`update` when nobody else has a turn with any of the teachers."""
-    if locked == len(teachers):
-        update(teachers, student, momentum, found_inf)
-    else:
-        with teachers[locked]._turn.lock:
-            update_locked(teachers, student, momentum, found_inf, locked + 1)
+    """One step, when nobody else has a turn with any of the teachers."""
+    holding([teacher._turn.lock for teacher in teachers], _update, teachers, student, momentum, found_inf)
 
 
-def update(
+def _update(
     teachers: Sequence["EMANTeacher"],
     student: nn.Module | None,
     momentum: float | Tensor | None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends, distributed
 from .caches import caching_modules, renew
-from .interrupts import at_once
+from .interrupts import at_once, holding
 from .known import Followed, known_networks
 from .pairing import Pair, Rule, check, named_tensors, pair_modules
 from .plan import Plan
@@ -57,40 +57,44 @@ class Exchange:
 
     def enter(self) -> None:
         """Raises RuntimeError if another exchange has not been left, or ValueError as an update."""
-        with self._turn.lock:
-            if self._turn.exchange is not None:
-                raise RuntimeError("the teacher is swapped already")
-            try:
-                self._turn.exchange = self
-                self._find()
-                self._run(self._swapped.add, undo=False)
-                self._renew()
-            except BaseException:
-                self.leave()
-                raise
+        holding([self._turn.lock], self._enter)
 
     def leave(self) -> str:
         """Exchange back, if that has not been done. Returns what could not be given back, or nothing."""
-        with self._turn.lock:
-            if self._turn.exchange is not self:
-                return ""
-            lost = ""
-            if self._watch is not None:
-                if self._there.look([self._memory]) is None:
-                    lost = "while teacher and student were swapped, their memory was freed or resized"
-                else:
-                    if self._swapped:
-                        self._run(self._swapped.remove, undo=True)
-                    lost = self._give_back()
-                self._renew()
-                self._turn.unrestored = lost
-            self._turn.exchange = None
-            return lost
+        return holding([self._turn.lock], self._leave)
 
     def own(self, tensor: Tensor) -> Tensor | None:
         """Where this teacher tensor's own value is, while it holds the student's; None if it was not exchanged."""
         own = self._own.get(id(distributed.local(tensor)))
         return own if own is None else distributed.placed_as(tensor, own)
+
+    def _enter(self) -> None:
+        if self._turn.exchange is not None:
+            raise RuntimeError("the teacher is swapped already")
+        try:
+            self._turn.exchange = self
+            self._find()
+            self._run(self._swapped.add, undo=False)
+            self._renew()
+        except BaseException:
+            self.leave()
+            raise
+
+    def _leave(self) -> str:
+        if self._turn.exchange is not self:
+            return ""
+        lost = ""
+        if self._watch is not None:
+            if self._there.look([self._memory]) is None:
+                lost = "while teacher and student were swapped, their memory was freed or resized"
+            else:
+                if self._swapped:
+                    self._run(self._swapped.remove, undo=True)
+                lost = self._give_back()
+            self._renew()
+            self._turn.unrestored = lost
+        self._turn.exchange = None
+        return lost
 
     def _find(self) -> None:
         networks = [self._teacher, self._student]

@@ -24,7 +24,7 @@ from .follow import follow
 from .loading import all_or_nothing
 from .low_precision import LowPrecision, check_cast, narrowed
 from .pairing import Rule, check_rules, every_name
-from .step import counter, update
+from .step import counter, update_locked
 from .swap import Exchange, Swapped, Turn
 
 # Its own code, under torch.no_grad's.
@@ -164,8 +164,7 @@ class EMANTeacher(nn.Module):
             from . import in_graph
 
             return in_graph.update((self,), student, momentum, found_inf)
-        with self._turn.lock:
-            update((self,), student, momentum, found_inf)
+        update_locked((self,), student, momentum, found_inf)
 
     def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
         """Call ``update(student)`` after each step that the optimizer really makes: with gradient accumulation, and

@@ -196,8 +196,8 @@ FAULTS = [
     Fault(SWAP, "        increment_versions(self._memory, self._plan.written)\n", "", "test_teacher.py test_swap.py"),
     Fault(
         SWAP,
-        "            except BaseException:\n                self.leave()\n                raise",
-        "            except Exception:\n                self.leave()\n                raise",
+        "        except BaseException:\n            self.leave()\n            raise\n\n    def _leave",
+        "        except Exception:\n            self.leave()\n            raise\n\n    def _leave",
         "test_interrupts.py test_swap.py",
     ),
     Fault(SWAP, "        torch.clear_autocast_cache()\n", "", "test_swap.py"),
@@ -222,6 +222,7 @@ FAULTS = [
         "[call() for call in calls]",
         "test_interrupts.py",
     ),
+    Fault("eman_kernels/interrupts.py", "        exhaust(release)\n", "        pass\n", "test_interrupts.py"),
     # ------------------------------------------------------------ teachers elsewhere
     Fault(STAGING, "copy.stream.synchronize()", "pass", ELSEWHERE),
     Fault(STAGING, "        self.stream.wait_stream(current)\n", "", ELSEWHERE),

@@ -147,7 +147,7 @@ def be_counted(go: Path) -> None:
         for size in SIZES:
             teacher, student = (nn.ParameterList(torch.zeros(1) for _ in range(size)) for _ in range(2))
             updates.append(make(teacher, student, 0.9).update)
-    for update in updates * 3:
+    for update in updates * 32:  # until Python has specialised its bytecode
         update()
     print("ready", *made, sep="\t", flush=True)
     while not go.exists():

@@ -120,8 +120,8 @@ def test_instructions_of_the_host():
     each = {}
     for method, (few, many) in counts.host_instructions().items():
         each[method] = (many - few) / (counts.SIZES[1] - counts.SIZES[0])
-    # 776 a tensor when this was written, kernel and all; the loop has 65,000.
-    assert each[OURS] < 900
+    # Some 990 a tensor on Python 3.11 and 3.14, kernel and all; the loop has 66,000.
+    assert each[OURS] < 1100
     assert each[updates.LOOP] > 10 * each[OURS]
 
 

@@ -177,8 +177,9 @@ class EMANTeacher(nn.Module):
             optimizer: the one whose steps count; where there are several, the one that is stepped last.
             student: as in ``update``.
             every: update after each of so many real steps; default 1.
-            start: make no update after the first so many; default 0. Training that is resumed, with a teacher that
-                has been updated before, does not wait again.
+            start: make no update after the first so many; default 0. The average then begins at what the teacher is,
+                unless its momentum is ``schedules.CopyFirst``. Training that is resumed, with a teacher that has been
+                updated before, does not wait again.
 
         Returns:
             A handle, whose ``remove()`` ends it.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..schedules import CopyFirst
 from ..teacher import EMANTeacher, Momentum
 
 if find_spec("lightning") is None:
@@ -47,7 +48,9 @@ class EMANWeightAveraging(WeightAveraging):
     average, ``current_model_state`` the model.
 
     Args:
-        momentum: as in EMANTeacher; a schedule counts the updates.
+        momentum: as in EMANTeacher; a schedule counts the updates. The first one copies the model, as in
+            EMAWeightAveraging: the average of a run on several devices is made before their models are equal, and one
+            that starts late would begin at what the model was at first.
         update_every_n_steps: update after optimizer steps 0, n, 2n, ..., as EMAWeightAveraging; default 1.
         update_starting_at_step: no update before this step; default: none is left out.
         device: where the average is kept; default: the model's device.
@@ -68,7 +71,7 @@ class EMANWeightAveraging(WeightAveraging):
             raise ValueError(f"update_every_n_steps must be at least 1, and is {update_every_n_steps}")
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
-        self._options = {"momentum": momentum, "rounding": "stochastic"} | options
+        self._options = {"momentum": CopyFirst(momentum), "rounding": "stochastic"} | options
         self._handles: list[Any] = []
         self._stepped = False
 

@@ -13,7 +13,7 @@ lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not in
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-from eman_kernels import EMANTeacher  # noqa: E402
+from eman_kernels import EMANTeacher, schedules  # noqa: E402
 from eman_kernels.integrations import lightning as adapter  # noqa: E402
 from eman_kernels.integrations.lightning import EMANWeightAveraging  # noqa: E402
 
@@ -73,7 +73,7 @@ def test_it_follows_real_steps_as_a_teacher_does_and_lightnings_own(accumulate, 
     class Beside(lightning.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if not expected:
-                expected.append(EMANTeacher(begin, 0.9))
+                expected.append(EMANTeacher(begin, schedules.CopyFirst(0.9)))
             if trainer.global_step > len(seen):
                 seen.append(trainer.global_step)
                 expected[0].update(module.net)
@@ -86,16 +86,13 @@ def test_it_follows_real_steps_as_a_teacher_does_and_lightnings_own(accumulate, 
     for name, tensor in expected[0].module.state_dict().items():
         assert_same_bits(callback._average_model.module.net.state_dict()[name], tensor, name)
         assert_same_bits(module.net.state_dict()[name], tensor, name)  # at the end the model is the average
-    # Lightning's copies in its first update, so that the two come together.
     own = EMAWeightAveraging(decay=0.9)
     fit(own, Module(), tmp_path, accumulate_grad_batches=accumulate)
     theirs = own._average_model.module.net.state_dict()
-    zero_first = EMANWeightAveraging(momentum=lambda step: 0.0 if step == 0 else 0.9)
-    fit(zero_first, Module(), tmp_path, accumulate_grad_batches=accumulate)
-    for name, tensor in zero_first._average_model.module.net.state_dict().items():
+    for name, tensor in callback._average_model.module.net.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
-    assert zero_first._average_model.module.net[1].num_batches_tracked == 8
+    assert callback._average_model.module.net[1].num_batches_tracked == 8
 
 
 def test_every_and_start_are_lightnings(tmp_path):
@@ -109,11 +106,11 @@ def test_every_and_start_are_lightnings(tmp_path):
 
 
 def test_validation_is_of_the_average_and_one_that_raises_leaves_nothing_exchanged(tmp_path):
-    module, callback = Module(), EMANWeightAveraging(momentum=1.0)
+    module, callback = Module(), EMANWeightAveraging(update_starting_at_step=100)
     begin = module.net[0].weight.detach().clone()
     fit(callback, module, tmp_path)
     assert_same_bits(module.validated[0], begin)
-    module, callback = Module(fails=True), EMANWeightAveraging(momentum=1.0)
+    module, callback = Module(fails=True), EMANWeightAveraging(update_starting_at_step=100)
     with pytest.raises(ArithmeticError):
         fit(callback, module, tmp_path)
     assert_same_bits(callback._average_model.module.net[0].weight, begin)
@@ -143,12 +140,17 @@ def test_checkpoints_go_both_ways(kinds, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16(precision, tmp_path):
-    module, callback = Module(), EMANWeightAveraging(momentum=0.99)
-    begin = module.net[0].weight.detach().clone()
-    fit(callback, module, tmp_path, precision=precision)
+    first = []
+
+    class Beside(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            first.append(module.net[0].weight.detach().clone())
+
+    callback = EMANWeightAveraging(momentum=0.99)
+    fit([callback, Beside()], Module(), tmp_path, precision=precision)
     average = callback._average_model.module.net[0].weight
-    assert average.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    assert not torch.equal(average.float(), begin.to(average.dtype).float())
+    assert average.dtype == first[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert not torch.equal(average, first[0])
 
 
 @pytest.mark.parametrize(("given", "there"), [(None, "meta"), ("cpu", "cpu")])
@@ -173,13 +175,13 @@ def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
                 expected.append({k: v.cpu() for k, v in module.net.state_dict().items()})
 
     module, callback = Module(), EMANWeightAveraging(momentum=0.9)
-    average = {k: v.clone() for k, v in module.net.state_dict().items()}
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-30)
     fit([Beside(), callback], module, tmp_path, accelerator="gpu", devices=1,
         plugins=[MixedPrecision("16-mixed", "cuda", scaler=scaler)])  # fmt: skip
     assert found == [True] + 7 * [False]
     assert callback._average_model.step == 7
-    for state in expected:
+    average = expected[0]
+    for state in expected[1:]:
         average = {k: v.lerp(state[k], 0.1) if v.is_floating_point() else state[k] for k, v in average.items()}
     for name, tensor in callback._average_model.module.net.state_dict().items():
         assert tensor.is_cuda
@@ -202,12 +204,12 @@ def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path, fused):
                 expected.append({k: v.clone() for k, v in module.net.state_dict().items()})
 
     module, callback = Module(fused=fused), EMANWeightAveraging(momentum=0.9)
-    average = {k: v.clone() for k, v in module.net.state_dict().items()}
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fit([Beside(), callback], module, tmp_path, plugins=[plugin])
     assert skipped == [True] + 7 * [False]
     assert callback._average_model.step == 7
-    for state in expected:
+    average = expected[0]
+    for state in expected[1:]:
         average = {k: v.lerp(state[k], 0.1) if v.is_floating_point() else state[k] for k, v in average.items()}
     for name, tensor in callback._average_model.module.net.state_dict().items():
         torch.testing.assert_close(tensor, average[name], rtol=1e-6, atol=1e-7)

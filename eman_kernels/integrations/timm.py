@@ -43,7 +43,7 @@ class ModelEman(EMANTeacher):
         model: the network to follow; DDP and torch.compile wrappers are looked through.
         decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in V3. They are the momentum of
             update ``step`` (``schedules.InverseGamma``), and those up to ``update_after_step + 1`` copy the model.
-        device: where the average is kept; default: where the model is. In CPU memory each update copies the model there.
+        device: where the average is kept; default: the model's. In CPU memory each update copies the model there.
         rounding: of bf16 and fp16 averages; default "stochastic", as in V3.
         options: those of EMANTeacher: ``buffers="copy"`` is V3's exclude_buffers, ``dtype`` is V3's.
 

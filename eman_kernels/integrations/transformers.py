@@ -40,7 +40,8 @@ class EMANCallback(TrainerCallback):
     """Lets ``callback.teacher``, an EMANTeacher, follow the model after each step that the optimizer really makes.
 
     It is saved in each checkpoint's folder, as ``eman_teacher.pt``, and found there when training is resumed; the
-    checkpoint's model is the student. After the training ``callback.teacher`` is the average and the model the student.
+    checkpoint's model is the student. After the training ``callback.teacher`` is the average and the model the student,
+    both of the best checkpoint with ``load_best_model_at_end``.
 
     Args:
         momentum: as in EMANTeacher; default 0.999.
@@ -70,7 +71,8 @@ class EMANCallback(TrainerCallback):
         if self.teacher is None or not state.global_step:
             self.teacher = EMANTeacher(model, **self._options)
         if state.global_step:
-            self._load(args, state)
+            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            self._load([folder, args.resume_from_checkpoint], "begins at the resumed model")
         self._handle = self.teacher.follow(others["optimizer"], model)
         if self.evaluate_with == "teacher":
             # No event says that an evaluation begins, but it begins with model.eval().
@@ -99,6 +101,8 @@ class EMANCallback(TrainerCallback):
     ) -> None:
         self.swap_back()
         self._stop(others["model"])
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load([state.best_model_checkpoint], "is that of the last step, and the model the best")
 
     def swap_back(self) -> None:
         """Give model and average their own values back, if an evaluation has raised."""
@@ -121,13 +125,10 @@ class EMANCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
 
-    def _load(self, args: TrainingArguments, state: TrainerState) -> None:
-        folders = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), args.resume_from_checkpoint]
+    def _load(self, folders: list[Any], otherwise: str) -> None:
         paths = [os.path.join(folder, FILE) for folder in folders if isinstance(folder, str)]
         path = next(filter(os.path.exists, paths), None)
         if path is None:
-            warnings.warn(
-                f"the average begins at the resumed model: there is no {' and no '.join(paths)}", stacklevel=2
-            )
+            warnings.warn(f"the average {otherwise}: there is no {' and no '.join(paths)}", stacklevel=3)
         else:
             self.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -120,6 +120,20 @@ def test_training_is_resumed_with_its_teacher(tmp_path):
         trained([EMANCallback()], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_the_best_model_at_the_end_comes_with_its_teacher(tmp_path):
+    callback = EMANCallback(momentum=0.9)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trained([callback], tmp_path, **options, load_best_model_at_end=True)
+    trainer.train()
+    best = tmp_path / "checkpoint-2"  # at this learning rate the loss rises
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert callback.teacher.step == 2
+    for name, tensor in torch.load(best / adapter.FILE, weights_only=True).items():
+        assert_same_bits(callback.teacher.state_dict()[name], tensor, name)
+    for name, tensor in network().from_pretrained(str(best)).named_parameters():
+        assert_same_bits(trainer.model.get_parameter(name), tensor, name)
+
+
 def test_an_evaluation_that_raises_is_given_back(tmp_path):
     callback = EMANCallback(momentum=1.0)
     trainer = trained([callback], tmp_path, eval_strategy="steps", eval_steps=2)

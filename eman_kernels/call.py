@@ -9,6 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .distributed import is_distributed
+from .watch import is_plain
+
 Rounding = Literal["nearest", "stochastic"]
 Nonfinite = Literal["propagate", "skip"]
 
@@ -64,10 +67,9 @@ def call_of(
     if step is None:
         step = 0
     elif isinstance(step, Tensor):
-        _check_counter("step", step)
-        step = _read(step)
+        step = _counter("step", step)
     if skipped is not None:
-        _check_counter("skipped", skipped)
+        skipped = _counter("skipped", skipped)
     return Call(momenta, found_inf, seed, step, skipped, counts)
 
 
@@ -79,7 +81,7 @@ def as_momentum(momentum: float | Tensor) -> float | Tensor:
         if momentum.dim() or momentum.dtype not in (torch.float32, torch.float64):
             what = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
             raise TypeError(f"a momentum in a tensor must be 0-d and of float32 or float64, and is {what}")
-        momentum = _read(momentum)
+        momentum = _read("momentum", momentum)
         if momentum.device.type != "cpu":
             return momentum  # to look at it would be to wait for the device
     elif not isinstance(momentum, Real):
@@ -101,13 +103,20 @@ def as_found_inf(found_inf: Tensor) -> Tensor:
         )
     if found_inf.numel() != 1:
         raise ValueError(f"found_inf must be one number, and is of shape {tuple(found_inf.shape)}")
-    found_inf = _read(found_inf).detach().reshape(())
+    found_inf = _read("found_inf", found_inf).detach().reshape(())
     # Not by a cast: a number may be too small for float32.
     return found_inf if found_inf.dtype == torch.float32 else (found_inf != 0).float()
 
 
-def _read(tensor: Tensor) -> Tensor:
-    """With its value in memory, where the kernels read it; a lazily negated tensor has another there."""
+def _read(name: str, tensor: Tensor) -> Tensor:
+    """With its value in memory, where the kernels read it; a lazily negated tensor has another there.
+
+    A DTensor, as the norm of FSDP2's gradients is, has it in each process, or the processes put it together.
+    """
+    if is_distributed(tensor):
+        tensor = tensor.full_tensor()
+    if not is_plain(tensor):
+        raise TypeError(f"the {name} must be a torch.Tensor, whose memory the kernel reads, and is a {type(tensor)}")
     return tensor.resolve_conj().resolve_neg()
 
 
@@ -118,9 +127,10 @@ def _stacked(momenta: list[float | Tensor]) -> Tensor:
     return torch.stack([m.double() if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
 
 
-def _check_counter(name: str, counter: Tensor) -> None:
+def _counter(name: str, counter: Tensor) -> Tensor:
     if not isinstance(counter, Tensor) or counter.dim() or counter.dtype != torch.int64 or counter.is_neg():
         what = type(counter).__name__
         if isinstance(counter, Tensor):
             what = f"{counter.dtype} of shape {tuple(counter.shape)}" + ", lazily negated" * counter.is_neg()
         raise TypeError(f"{name} in a tensor must be 0-d and of int64, and is {what}")
+    return _read(name, counter)

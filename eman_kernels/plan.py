@@ -106,6 +106,11 @@ class Work:
         if backend.TAKES_TABLE:
             chunk_bytes = None if device.type == "cpu" else GPU_CHUNK_BYTES
             self.table = table(pairs, n_teachers, skip_nonfinite, chunk_bytes).to(device)
+            if not is_plain(self.table):
+                raise RuntimeError(
+                    f"a mode of torch is active in which new tensors have no memory: the plan's table is a "
+                    f"{type(self.table).__name__}. Call update() outside of it. Nothing was written."
+                )
             self.n_pieces = len(self.table) // n_teachers
             if device.type != "cpu":
                 self.streams.add(self.current_stream())
@@ -159,7 +164,7 @@ class Plan:
         pairs = self._prepared(local_pairs(pairs), at)
         # The numbers of those tensors, for increment_versions. A DTensor has a version besides its shard's.
         written = {at[id(tensor)] for tensor in written + _written(pairs)}
-        self.written = torch.tensor(sorted(written), dtype=torch.int64, device="cpu")
+        self.written = array("q", sorted(written))
         self.n_teachers = 1 + max((pair.group for pair in pairs), default=0)
         self.because = {pair.name: pair.because for pair in pairs if pair.because}
         pairs = numbered(without_ties_and_empties(pairs))

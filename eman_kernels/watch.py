@@ -10,6 +10,7 @@ the interface that it reads, or a module that keeps its tensors otherwise than t
 
 import ctypes
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from weakref import ref
 
@@ -77,13 +78,13 @@ class Watch:
         return _answers(tensors[i] for i in self._others)
 
 
-def increment_versions(tensors: list[Tensor], numbers: Tensor) -> None:
-    """Tell autograd that these of the tensors are written. numbers: int64 on the host.
+def increment_versions(tensors: list[Tensor], numbers: array) -> None:
+    """Tell autograd that these of the tensors are written. numbers: of int64.
 
     It does not see what a kernel writes: a backward pass that needs the old values is to raise.
     """
-    if not _reads_torch or not extension.C.bump_versions(tensors, numbers.data_ptr(), numbers.numel()):
-        torch.autograd.graph.increment_version([tensors[i] for i in numbers.tolist()])
+    if not _reads_torch or not extension.C.bump_versions(tensors, *numbers.buffer_info()):
+        torch.autograd.graph.increment_version([tensors[i] for i in numbers])
 
 
 def _seen(roots: Roots) -> list[object]:

@@ -409,6 +409,29 @@ def test_the_loop_of_the_readme_with_fsdp(world: World, forwards: str) -> None:
     world.run(follow_sharded, (world.size,), forwards)
 
 
+def leave_out_by_the_norm(capturable: bool) -> None:
+    """The norm that clip_grad_norm_ returns is a DTensor, of which each process has a part."""
+    student, teacher = sharded_pair(0.0, capturable=capturable)
+    for step in range(3):
+        student.train()(torch.randn(6, 7, device=device())).square().mean().backward()
+        if step == 1 and dist.get_rank() == 0:
+            student[0].weight.grad.to_local().view(-1)[0] = torch.inf
+        norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        assert isinstance(norm, DTensor)
+        expected = whole(student if step != 1 else teacher.module)
+        teacher.update(student, found_inf=~norm.isfinite())
+        for name, tensor in expected.items():
+            assert_same_bits(whole(teacher.module)[name], tensor, name)
+        student.zero_grad()
+    assert int(teacher.step) == 2
+
+
+@trains_shards
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_that_the_norm_of_sharded_gradients_leaves_out(world: World, capturable: bool) -> None:
+    world.run(leave_out_by_the_norm, capturable)
+
+
 @trains_shards_with_replicas
 def test_shards_that_have_replicas(worlds: Callable[[str, int], World], backend: str) -> None:
     worlds(backend, 4).run(follow_sharded, (2, 2), "teacher and student")

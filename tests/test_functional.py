@@ -9,6 +9,7 @@ import torch
 import torchvision
 from conftest import assert_same_bits, lerp, profiled
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import eman_kernels
 from eman_kernels import ema_update_, eman_update_, functional, plan_for, watch
@@ -283,5 +284,10 @@ def test_found_inf_is_what_the_kernels_read():
     for given in (torch.tensor(True), torch.tensor([2]), torch.tensor(1.0, dtype=torch.float64), tiny):
         found_inf = functional.call_of([0.5], given).found_inf
         assert (found_inf.dtype, found_inf.dim(), bool(found_inf)) == (torch.float32, 0, True)
+    with FakeTensorMode():
+        without_memory = torch.zeros(())
+    for name in ("found_inf", "momentum"):
+        with pytest.raises(TypeError, match=rf"the {name} must be a torch.Tensor, .* is a .*FakeTensor"):
+            ema_update_([torch.zeros(2)], [torch.ones(2)], **{"momentum": 0.5, name: without_memory})
     own = torch.tensor(0.0)
     assert functional.call_of([0.5], own).found_inf.data_ptr() == own.data_ptr()

@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import TORCH
+from conftest import TORCH, assert_same_bits
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -424,6 +425,22 @@ def test_lists_that_are_none():
         ema_update_([torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(2).numpy()], 0.5)
     with pytest.raises(TypeError, match=r"teacher_tensors\[0\] must be a tensor, and is a builtins\.float"):
         ema_update_([1.0], [torch.ones(2)], 0.5)
+
+
+@pytest.mark.skipif(bool(why := eman_kernels.available_backends()["cpu"]), reason=f"{why}")
+def test_a_mode_in_which_new_tensors_have_no_memory():
+    student = net()
+    teacher = EMANTeacher(student)
+    before = copy.deepcopy(teacher.module.state_dict())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(RuntimeError, match=r"the plan's table is a FakeTensor\. Call update\(\) outside"):
+            teacher.update(student)
+        fake = net()
+        estimated = EMANTeacher(fake, module=net())  # of what training needs, say
+        estimated.update(fake)
+    assert (teacher.step, estimated.step) == (0, 1)
+    for name, tensor in before.items():
+        assert_same_bits(teacher.module.state_dict()[name], tensor, name)
 
 
 def test_found_inf_that_is_no_tensor():

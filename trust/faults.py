@@ -336,4 +336,14 @@ FAULTS = [
         "pass",
         "integrations/test_transformers.py",
     ),
+    Fault(
+        f"{INTEGRATIONS}/transformers.py",
+        "        if args.load_best_model_at_end and state.best_model_checkpoint:\n",
+        "        if False:\n",
+        "integrations/test_transformers.py",
+    ),
+    Fault(f"{INTEGRATIONS}/lightning.py", "CopyFirst(momentum)", "momentum", "integrations/test_lightning.py"),
+    Fault(CALL, "tensor = tensor.full_tensor()", "pass", "test_distributed.py -k norm"),
+    Fault(CALL, "    if not is_plain(tensor):\n", "    if False:\n", "test_functional.py"),
+    Fault(PLAN, "            if not is_plain(self.table):\n", "            if False:\n", "test_situations.py -k mode"),
 ]

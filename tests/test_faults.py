@@ -200,7 +200,7 @@ def test_no_memory_at_any_operation_of_a_new_plan(student, what):
         assert [member.step for member in members] == [2] * len(members)
         want = torch.lerp(before[1][0], student[0].weight.detach(), 0.5)
         assert_same_bits(members[0].module[0].weight, want)
-    assert number > 1
+    assert number > 0  # it failed at least once
 
 
 # ---------------------------------------------------------------- processes

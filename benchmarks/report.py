@@ -150,7 +150,7 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
         "# What a teacher update costs\n",
         ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n",
     ]
-    parts.append("How each number is taken, and what it does not show: benchmarks/README.md.\n")
+    parts.append("How each number is measured, and what it does not show: benchmarks/README.md.\n")
     parts += ["## What was to be shown\n", verdicts(rows)]
     if failed := of_kind(rows, "failed"):
         parts += ["## What failed\n", *(f"- {row['what']}: {row['why_not']}\n" for row in failed)]

@@ -77,7 +77,7 @@ class Exchange:
             self._run(self._swapped.add, undo=False)
             self._renew()
         except BaseException:
-            self.leave()
+            self._leave()
             raise
 
     def _leave(self) -> str:

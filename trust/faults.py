@@ -196,8 +196,8 @@ FAULTS = [
     Fault(SWAP, "        increment_versions(self._memory, self._plan.written)\n", "", "test_teacher.py test_swap.py"),
     Fault(
         SWAP,
-        "        except BaseException:\n            self.leave()\n            raise\n\n    def _leave",
-        "        except Exception:\n            self.leave()\n            raise\n\n    def _leave",
+        "        except BaseException:\n            self._leave()\n            raise\n\n    def _leave",
+        "        except Exception:\n            self._leave()\n            raise\n\n    def _leave",
         "test_interrupts.py test_swap.py",
     ),
     Fault(SWAP, "        torch.clear_autocast_cache()\n", "", "test_swap.py"),

@@ -13,7 +13,7 @@ assert averaged.module[1].num_batches_tracked == 6  # with torch's own function 
 
 Tested with torch 2.14. The first call of ``update_parameters`` copies the student, as AveragedModel has it. Each call
 walks both networks before it comes here: for ResNet-50 that is 0.3 of an update more than ``EMANTeacher.update`` takes,
-which walks none, on one CPU thread, and 0.5 on two.
+which walks none, on one CPU thread, and 0.5 to 0.7 on two.
 """
 
 from collections.abc import Callable

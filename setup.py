@@ -1,4 +1,4 @@
-"""Runs CMake on csrc/ where setuptools would run a compiler. CMake decides what is built, and says what is not."""
+"""Runs CMake on csrc/ in place of a compiler. CMake decides what is built, and prints why anything is left out."""
 
 import os
 import subprocess
@@ -16,12 +16,17 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        # build_ext.run resets `inplace` while it builds, and copies the results to the package afterwards.
+        self.to_package = bool(self.inplace) or self.editable_mode
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
         library = ROOT / "eman_kernels"
-        if not self.editable_mode:
+        if not self.to_package:
             library = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        for old in library.glob("_C.*"):  # not to outlive the compiler that made it
+        for old in library.glob("_C.*"):  # of an earlier build: must not stay if this one builds nothing
             old.unlink()
         command = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         definitions = {
@@ -32,7 +37,7 @@ class CMakeBuild(build_ext):
             "EMAN_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
             "EMAN_PACKAGES": sysconfig.get_path("purelib"),
         }
-        # --fresh: a cached answer to "is there an nvcc" may be an old one.
+        # --fresh: the cache may hold an outdated answer to whether there is an nvcc.
         subprocess.run(
             [command, "--fresh", "-G", "Ninja", "-S", ROOT / "csrc", "-B", build]
             + [f"-D{name}={value}" for name, value in definitions.items()],
@@ -42,11 +47,11 @@ class CMakeBuild(build_ext):
         subprocess.run([command, "--install", build, "--prefix", library, "--strip"], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """CMake has put it there already, if there is one."""
+        """Nothing to copy: CMake has installed the library in the package, if it built one."""
 
 
 setup(
-    # Sources are CMake's affair. On a machine without a compiler no file is made, and that is no failure.
+    # No sources, because CMake knows them. Without a compiler no library is built, which is not an error.
     ext_modules=[Extension("eman_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,7 +1,7 @@
-"""Ours through eman_kernels.integrations: as the libraries in peers.py are used, one line changed."""
+"""eman_kernels through its adapters: each library is used as in peers.py, with one line changed."""
 
 from models import tensors_of
-from peers import in_averaged_model, in_diffusers, in_lightning
+from peers import follow_with_averaged_model, follow_with_diffusers, follow_with_lightning
 from torch import nn
 from updates import OURS, Following, Method
 
@@ -9,7 +9,7 @@ from updates import OURS, Following, Method
 def averaged_model(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     from eman_kernels.integrations.torch import get_eman_multi_avg_fn
 
-    return in_averaged_model(get_eman_multi_avg_fn(momentum), teacher, student)
+    return follow_with_averaged_model(get_eman_multi_avg_fn(momentum), teacher, student)
 
 
 def timm(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
@@ -22,13 +22,13 @@ def timm(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
 def lightning(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     from eman_kernels.integrations.lightning import EMANWeightAveraging
 
-    return in_lightning(EMANWeightAveraging(momentum=momentum), teacher, student)
+    return follow_with_lightning(EMANWeightAveraging(momentum=momentum), teacher, student)
 
 
 def diffusers(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     from eman_kernels.integrations.diffusers import EMANModel
 
-    return in_diffusers(EMANModel, teacher, student, momentum)
+    return follow_with_diffusers(EMANModel, teacher, student, momentum)
 
 
 def lightly(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:

@@ -1,4 +1,4 @@
-"""Is a method right? Against torch.lerp after one update (no figure without it), and rule by rule on a tiny network."""
+"""Correctness of a method: one update compared with torch.lerp (the gate for timing), and rules on a tiny network."""
 
 import copy
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ RULES = (
 EMAN = RULES[:2]
 
 
-def faults(following: Following, student: nn.Module, momentum: float, exact: bool) -> dict[str, str]:
-    """What is wrong after one update: the first tensor of each of KINDS, and how.
+def find_faults(following: Following, student: nn.Module, momentum: float, exact: bool) -> dict[str, str]:
+    """Check one update; return the first wrong tensor of each of KINDS, with the reason.
 
-    Once from where the teacher is; and once from zero, because a bf16 teacher's step is under its rounding elsewhere.
+    The update runs twice: from the teacher's current values, and from zero. Elsewhere a bf16 teacher's step is smaller
+    than its rounding error, and would not be seen.
     """
     parameters = {name for name, _ in student.named_parameters(remove_duplicate=False)}
     begin = {name: tensor.clone() for name, tensor in following.teacher.items()}
@@ -34,35 +35,35 @@ def faults(following: Following, student: nn.Module, momentum: float, exact: boo
         for name, followed in tensors_of(student).items():
             kind = KINDS[0] if name in parameters else KINDS[1] if followed.is_floating_point() else KINDS[2]
             old = None if from_zero else begin.get(name)
-            if kind not in found and (fault := fault_of(name, following.teacher, old, followed, momentum, exact)):
+            if kind not in found and (fault := find_fault(name, following.teacher, old, followed, momentum, exact)):
                 found[kind] = fault
     for name, tensor in following.teacher.items():
         tensor.copy_(begin[name])
     return found
 
 
-def fault_of(
+def find_fault(
     name: str, teacher: Mapping[str, Tensor], old: Tensor | None, followed: Tensor, momentum: float, exact: bool
 ) -> str | None:
-    """What is wrong with this tensor, that was `old` (or zero) before the update."""
+    """Return what is wrong with this tensor, or None. Before the update it was `old`, or zero if that is None."""
     if name not in teacher:
-        return f"{name} is not kept"
+        return f"{name} is missing"
     tensor = teacher[name]
     if not tensor.is_floating_point():
-        return None if torch.equal(tensor, followed) else f"{name} is not the student's"
+        return None if torch.equal(tensor, followed) else f"{name} differs from the student's"
     begin = torch.zeros_like(followed) if old is None else old
     want = torch.lerp(begin.float(), followed.float(), 1.0 - momentum).to(tensor.dtype)
-    # Other formulas round their products as well, each in the dtype of its tensor.
+    # Other formulas also round their products, each in the dtype of its tensor.
     rounding = torch.finfo(tensor.dtype).eps + (1.0 - momentum) * torch.finfo(followed.dtype).eps
     slack = 2 * rounding * max(begin.abs().max(), followed.abs().max())
-    if old is None:  # and some round the momentum to float32
+    if old is None:  # some formulas also round the momentum to float32
         slack = (2 * torch.finfo(tensor.dtype).eps + 2 * torch.finfo(followed.dtype).eps + 1e-4) * want.abs().max()
     wrong = ((tensor.float() - want.float()).abs() > (0 if exact else slack)).any()
-    return f"{name} is not what torch.lerp gives" if wrong else None
+    return f"{name} differs from torch.lerp's result" if wrong else None
 
 
 class Tiny(nn.Module):
-    """One of everything: tied weights, BatchNorm with its counter, a buffer that no state dict holds."""
+    """Tied weights, BatchNorm with its counter, and a non-persistent buffer."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -72,8 +73,8 @@ class Tiny(nn.Module):
         self.register_buffer("scale", torch.ones(width), persistent=False)
 
 
-def rules_kept(method: Method, device: torch.device) -> dict[str, str]:
-    """Which of RULES the method keeps: "yes", "no", or what it raises."""
+def check_rules(method: Method, device: torch.device) -> dict[str, str]:
+    """Run the method and return for each of RULES: "yes", "no", or the error it raises."""
     torch.manual_seed(0)
     teacher = Tiny().requires_grad_(False).to(device)
     student = student_of(teacher)
@@ -87,7 +88,7 @@ def rules_kept(method: Method, device: torch.device) -> dict[str, str]:
         right = []
         for name in names:
             followed = tensors_of(student)[name]
-            wrong = fault_of(name, following.teacher, before.get(name), followed, 0.9, exact=False)
+            wrong = find_fault(name, following.teacher, before.get(name), followed, 0.9, exact=False)
             right.append("no" if wrong else "yes")
         return right
 
@@ -97,7 +98,7 @@ def rules_kept(method: Method, device: torch.device) -> dict[str, str]:
         bias, followed = following.teacher["first.bias"], theirs.first.bias
         before = bias.clone()
         following.update()
-        wrong = fault_of("first.bias", following.teacher, before, followed, 0.9, exact=False)
+        wrong = find_fault("first.bias", following.teacher, before, followed, 0.9, exact=False)
         return ["no" if wrong or bias.dtype != DTYPES["mixed"][0] else "yes"]
 
     def moves() -> list[str]:

@@ -1,6 +1,6 @@
-"""What no machine's noise can touch: operations, bytes and host syncs of a call, and instructions of the host.
+"""Measures without noise: operations, bytes and host syncs of a call, and instructions executed on the host.
 
-Instructions are counted by valgrind's callgrind, in a process of their own: `python counts.py` is that process.
+valgrind's callgrind counts the instructions in a separate process, which runs `python counts.py`.
 """
 
 import os
@@ -17,22 +17,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eman_kernels.plan import COPY_CODES, PAIR_CODES, Plan
+from eman_kernels.plan.chunks import COPY_CODES, PAIR_CODES
+from eman_kernels.plan.plan import Plan
 
 BYTES_OF_CODE = {code: 2 * t.itemsize + s.itemsize for (_, t, s), code in PAIR_CODES.items()}
 BYTES_OF_CODE |= {code: 2 * size for size, code in COPY_CODES.items()}
-SIZES = (100, 300)  # tensors
+SIZES = (100, 300)  # numbers of tensors for which instructions are counted
 
 
 @dataclass
 class Counts:
-    operations: int  # each at least one launch on a GPU
+    operations: int  # each is at least one launch on a GPU
     gigabytes: float  # read and written
-    syncs: int  # times that the host waits for a GPU; counted on a CPU, that it would
+    syncs: int  # device synchronizations; on a CPU, those that would happen on a GPU
 
 
 class Counting(TorchDispatchMode):
-    """Counts what torch dispatches: views and allocations are nothing, a written tensor is an operation."""
+    """Counts dispatched operations that write a tensor; views and allocations do not count."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -63,44 +64,44 @@ class Counting(TorchDispatchMode):
         return result
 
 
-def bytes_of(table: Tensor) -> int:
-    """What a run of this table of chunks reads and writes, by csrc/chunk.h."""
+def bytes_moved_by(table: Tensor) -> int:
+    """Bytes read and written by a run of this chunk table (format: csrc/chunk.h)."""
     packed = table[:, 3].cpu()
     numel, code = packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF
     return sum(n * BYTES_OF_CODE[c] for n, c in zip(numel.tolist(), code.tolist(), strict=True))
 
 
-def counts(update, plan: Plan | None, device: torch.device) -> Counts:
-    """Of one call that is not the first. A kernel of ours is one operation, and its table says its bytes."""
+def count_work(update, plan: Plan | None, device: torch.device) -> Counts:
+    """Count the work of one call (not the first). One of our kernels is one operation; its table gives the bytes."""
     with Counting(device) as counted:
         update()
-    tables = [work.table for work in plan.works if work.backend.TAKES_TABLE] if plan else []
-    size = counted.bytes + sum(map(bytes_of, tables))
+    tables = [work.table for backend, work in plan.works if backend.TAKES_TABLE] if plan else []
+    size = counted.bytes + sum(map(bytes_moved_by, tables))
     return Counts(len(counted.names) + len(tables), size / 1e9, counted.syncs)
 
 
-def launches(update) -> int:
-    """Kernels and copies that a call puts on the GPU, by torch's profiler."""
+def count_launches(update) -> int:
+    """Number of kernels and copies that a call launches on the GPU, according to torch's profiler."""
     activity = torch.profiler.ProfilerActivity
-    # Without acc_events some versions warn that it forgets.
+    # Without acc_events, some versions of torch warn that events are discarded.
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA], acc_events=True) as profiled:
         update()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
 
 
-# ---------------------------------------------------------------- instructions of the host
+# ---------------------------------------------------------------- host instructions
 
 
-def no_callgrind() -> str | None:
-    """Why instructions cannot be counted here."""
+def why_not_callgrind() -> str | None:
+    """Return the reason why instructions cannot be counted on this machine, or None."""
     if not shutil.which("valgrind") or not shutil.which("vgdb"):
         return "valgrind is not installed"
-    return None if torch._C._valgrind_supported_platform() else "torch was built without its valgrind bindings"
+    return None if torch._C._valgrind_supported_platform() else "torch was built without valgrind bindings"
 
 
 def host_instructions(timeout: float = 600) -> dict[str, list[int]]:
-    """Method -> instructions of one call on one thread, for each of SIZES tensors of one element."""
+    """Method -> instructions of one call on one thread, for each number of one-element tensors in SIZES."""
     with tempfile.TemporaryDirectory() as folder:
         out, go, log = Path(folder, "out"), Path(folder, "go"), Path(folder, "log")
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no"]
@@ -109,7 +110,7 @@ def host_instructions(timeout: float = 600) -> dict[str, list[int]]:
         with log.open("w") as stream:
             child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         try:
-            # Instrumented from its start, the child would take minutes to import torch.
+            # With instrumentation on from the start, importing torch would take minutes.
             wait_for(lambda: "ready" in log.read_text(), child, log, timeout)
             subprocess.run(["vgdb", f"--pid={child.pid}", "instrumentation", "on"], check=True, capture_output=True)
             go.touch()
@@ -134,12 +135,12 @@ def wait_for(condition, child: subprocess.Popen, log: Path, timeout: float) -> N
 
 
 @torch.no_grad()
-def be_counted(go: Path) -> None:
-    """The process under callgrind: everything warm, then each method once for each size, a total after each."""
+def run_under_callgrind(go: Path) -> None:
+    """Run in the process under callgrind: warm up, then count one call per method and size."""
     import updates
 
     made = {updates.LOOP: updates.published_loop, "foreach, lists kept": updates.foreach}
-    ours = {n: how for n, how in updates.by_us(torch.device("cpu")).items() if isinstance(how, updates.Method)}
+    ours = {n: how for n, how in updates.our_methods(torch.device("cpu")).items() if isinstance(how, updates.Method)}
     name = next(iter(ours))
     made[name] = ours[name].make
     updates = []
@@ -147,7 +148,7 @@ def be_counted(go: Path) -> None:
         for size in SIZES:
             teacher, student = (nn.ParameterList(torch.zeros(1) for _ in range(size)) for _ in range(2))
             updates.append(make(teacher, student, 0.9).update)
-    for update in updates * 32:  # until Python has specialised its bytecode
+    for update in updates * 32:  # until Python has specialized its bytecode
         update()
     print("ready", *made, sep="\t", flush=True)
     while not go.exists():
@@ -160,4 +161,4 @@ def be_counted(go: Path) -> None:
 
 
 if __name__ == "__main__":
-    be_counted(Path(sys.argv[1]))
+    run_under_callgrind(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
-"""An update on 1, 2 and 4 shards: time, operations, collectives and bytes a step, in each process.
+"""An update on 1, 2 and 4 shards: time, operations, collectives and bytes per step and process.
 
-Writes results/distributed.json and .md. gloo on the CPU. The arithmetic below the table is not measured.
+Uses gloo on the CPU; writes results/distributed.json and .md. The estimates below the table are not measured.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROUNDS, WARM_UP = 30, 5
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts torch's operations that write a tensor; a pass of ours is none of them, and is counted by the plan."""
+    """Counts torch operations that write a tensor. Passes of eman_kernels are not dispatched; the plan counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def measure(rank: int, size: int, folder: str) -> None:
             times.append(time.perf_counter() - start)
         every = [None] * size
         dist.all_gather_object(every, times)
-        slowest = [max(of) for of in zip(*every, strict=True)]  # the step waits for the last process
+        slowest = [max(of) for of in zip(*every, strict=True)]  # a step takes as long as its slowest process
         plan = plan_for(teacher.module, student)
         local = [t._local_tensor if isinstance(t, DTensor) else t for t in [*other.parameters(), *other.buffers()]]
         floats = [t for t in local if t.is_floating_point()]
@@ -116,49 +116,58 @@ def table(rows: list[dict]) -> str:
     heads = [
         "shards",
         "sync_buffers",
-        "x 1 shard",
+        "relative to 1 shard",
         "ms (quartiles)",
-        "passes of ours",
-        "torch's operations",
+        "eman_kernels passes",
+        "torch operations",
         "collectives",
-        "MB a process",
+        "MB per process",
         "kB reduced",
     ]
     return markdown(lines, heads)
 
 
-def arithmetic(parameters: float = 7e9, gpus: int = 256, gb_s: float = 3350, share: float = 0.8) -> str:
-    """On paper: no figure here was measured."""
+def estimate(parameters: float = 7e9, gpus: int = 256, gb_s: float = 3350, share: float = 0.8) -> str:
+    """An estimate; none of these figures is measured."""
     each = parameters / gpus
     moved, kept = 12 * each, 4 * each
     update = moved / (share * gb_s * 1e9)
     whole = moved * gpus / (share * gb_s * 1e9)
     written = 4 * parameters
     lines = [
-        f"**On paper, not measured**: a float32 teacher of a float32 student, "
+        f"**Estimate, not measured**: float32 teacher and student, "
         f"{parameters / 1e9:.0f} B parameters sharded over "
-        f"{gpus} GPUs of {gb_s / 1e3:.2f} TB/s (an H100's datasheet), of which an update is taken "
+        f"{gpus} GPUs with {gb_s / 1e3:.2f} TB/s each (H100 datasheet), of which an update is assumed "
         f"to reach {share:.0%}.",
         "",
-        f"- A GPU holds {each / 1e6:.1f} M elements of the teacher: {kept / 1e6:.0f} MB.",
-        f"- An update reads teacher and student and writes the teacher, 12 bytes an element: "
-        f"{moved / 1e6:.0f} MB a GPU, "
-        f"{moved / 1e6:.0f} MB / ({share} x {gb_s / 1e3:.2f} TB/s) = {update * 1e6:.0f} us. Nothing goes between GPUs. "
-        f"Of a bf16 student it is 10 bytes: {10 * each / 1e6:.0f} MB.",
-        f"- Whole on each GPU, it would be {written / 1e9:.0f} GB of memory and {whole * 1e3:.0f} ms; gathered for an "
-        f"update, {written / 1e9:.0f} GB over the network in each step.",
-        f"- A checkpoint of the teacher is 4 bytes a parameter: {written / 1e9:.0f} GB, "
+        f"- Each GPU holds {each / 1e6:.1f} M elements of the teacher: {kept / 1e6:.0f} MB.",
+        f"- An update reads teacher and student and writes the teacher, 12 bytes per element: "
+        f"{moved / 1e6:.0f} MB per GPU, "
+        f"{moved / 1e6:.0f} MB / ({share} x {gb_s / 1e3:.2f} TB/s) = {update * 1e6:.0f} us. "
+        f"The GPUs do not communicate. With a bf16 student it is 10 bytes per element: {10 * each / 1e6:.0f} MB.",
+        f"- A full teacher per GPU would need {written / 1e9:.0f} GB of memory and {whole * 1e3:.0f} ms per update. "
+        f"Gathering it for an update would send {written / 1e9:.0f} GB over the network in each step.",
+        f"- A checkpoint of the teacher has 4 bytes per parameter: {written / 1e9:.0f} GB, "
         f"{kept / 1e6:.0f} MB from each GPU. "
-        f"Over a PCIe link of 25 GB/s to the host that is {kept / 25e9 * 1e3:.1f} ms; to a file "
-        "system that takes 10 GB/s "
-        f"from all, {written / 10e9:.1f} s.",
+        f"Copying that to the host over a PCIe link of 25 GB/s takes {kept / 25e9 * 1e3:.1f} ms; writing all of it to "
+        f"a file system with 10 GB/s in total takes {written / 10e9:.1f} s.",
     ]
     return "\n".join(lines) + "\n"
 
 
+def page(about: dict, rows: list[dict]) -> str:
+    return (
+        f"{LAYERS} linear layers of {WIDTH} x {WIDTH} with BatchNorm, float32, FSDP2 on gloo, one thread per process, "
+        f"{about['cpus']} CPUs in total, torch {about['torch']}, {about['date']}. Time of the slowest process after a "
+        f"barrier, median of {ROUNDS} rounds. All shards share the CPUs and their memory, so the table shows the work "
+        "per process, not scaling.\n\n"
+        f"{table(rows)}\n{estimate()}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="output folder")
     args = parser.parse_args()
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -173,14 +182,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "distributed.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    text = (
-        f"{LAYERS} linear layers of {WIDTH} x {WIDTH} with BatchNorm, float32, FSDP2 on gloo, one thread a process, "
-        f"{about['cpus']} CPUs in all, torch {about['torch']}, {about['date']}. Time of the slowest "
-        "process from a barrier on, "
-        f"median of {ROUNDS}. Shards that share the CPUs and their memory show what a process does, "
-        "not how it scales.\n\n"
-        f"{table(rows)}\n{arithmetic()}"
-    )
+    text = page(about, rows)
     (args.out / "distributed.md").write_text(text)
     print(text)
 

@@ -1,7 +1,7 @@
-"""`make gpu`: all that a GPU is needed for, with the Python that is there and nothing downloaded.
+"""`make gpu`: everything that needs a GPU, using the current Python and downloading nothing.
 
-Stages, each under 8 minutes: correct (the tests), figures (the report), evidence (compute-sanitizer and ncu), variants
-(the kernels built otherwise). Every command has its own time limit and log, and what it has when it is stopped stays.
+Stages, each under 8 minutes: correct (tests), figures (report), evidence (compute-sanitizer and ncu), variants (kernels
+built with other parameters). Every command has its own time limit and log; a stopped command keeps its output so far.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
 MODELS = ("wide_resnet28_2", "mobilenet_v3_large", "resnet50", "vit_b_16")
-# All but torch.compile's, which compiles half a minute for each model and dtype.
+# All methods except torch.compile, which needs half a minute of compilation per model and dtype.
 METHODS = ("published", "foreach", "timm", "Averaged", "lightning", "ema-pytorch", "torch-ema", "diffusers", "lightly")
 METHODS += ("apex", "eman_kernels")
 METRICS = {
@@ -31,7 +31,7 @@ METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "of peak",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps active",
 }
-# An update in which a launch is worth to be looked at: ResNet-50's, after one that is not.
+# Updates to profile: WideResNet-28-2's and ResNet-50's.
 ONE_UPDATE = """
 import torch, eman_kernels, sys
 sys.path.insert(0, "benchmarks")
@@ -47,9 +47,9 @@ SUMMARY_LINES = 40
 class Command(NamedTuple):
     name: str
     run: list[str]
-    seconds: int  # when it is stopped
-    rehearsal: list[str] | None = None  # what a machine without a GPU can run of it
-    needs: str | None = None  # a program
+    seconds: int  # time limit
+    rehearsal: list[str] | None = None  # the part of it that runs without a GPU
+    needs: str | None = None  # a program that must be on PATH
 
 
 def stages(python: str, out: Path) -> dict[str, list[Command]]:
@@ -98,8 +98,8 @@ def stages(python: str, out: Path) -> dict[str, list[Command]]:
     }
 
 
-def run(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> str:
-    """How it ended. Its output goes into the log as it comes, and to the terminal afterwards not at all."""
+def run(command: list[str], log: Path, seconds: float | None, environment: dict[str, str]) -> str:
+    """Run the command with its output in the log, and return how it ended. Without `seconds` there is no time limit."""
     begin = time.monotonic()
     with log.open("w") as stream:
         try:
@@ -111,7 +111,7 @@ def run(command: list[str], log: Path, seconds: float, environment: dict[str, st
         try:
             status = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            # pytest then says what failed so far. Of what it started, a compiler say, none goes on.
+            # On SIGINT pytest reports the failures so far. Signal the whole group: compilers, for one, must stop too.
             for how in (signal.SIGINT, signal.SIGKILL):
                 with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(child.pid, how)
@@ -122,7 +122,7 @@ def run(command: list[str], log: Path, seconds: float, environment: dict[str, st
 
 
 def build(python: str, out: Path, environment: dict[str, str]) -> str:
-    """Install from here, with what this Python has; else what lies here already is used, through PYTHONPATH."""
+    """Install the working tree using only installed packages, or build in place (PYTHONPATH finds it then)."""
     install = [
         python,
         "-m",
@@ -136,19 +136,19 @@ def build(python: str, out: Path, environment: dict[str, str]) -> str:
         "-v",
     ]
     ended = run(install, out / "build.log", 240, environment)
-    if not ended.startswith("ok"):  # a Python that may not be written to, for one
+    if not ended.startswith("ok"):  # for example, a Python whose site-packages is read-only
         ended = run([python, "setup.py", "build_ext", "--inplace"], out / "build-in-place.log", 240, environment)
     return ended
 
 
-def findings(name: str, log: Path) -> list[str]:
-    """The lines of a log that its reader wants first."""
+def key_lines(name: str, log: Path) -> list[str]:
+    """The most important lines of a log, for the summary."""
     text = log.read_text(errors="replace")
     if name == "ncu":
-        return of_ncu(text)
+        return parse_ncu(text)
     patterns = {
-        "report": r"^(?:- .*so\.|- .*not so for|  - .*|written: .*|.*: \w*Error: .*)$",
-        "variants": r"^(?:\d+ builds .*|\S+, [\d,]+ elements.*|(?:flat copy|cuda, |triton, |cpu ).*|\d+ s in all)$",
+        "report": r"^(?:- .*: met\.|- .*: not met for:|  - .*|written: .*|.*: \w*Error: .*)$",
+        "variants": r"^(?:\d+ builds .*|\S+, [\d,]+ elements.*|(?:flat copy|cuda, |triton, |cpu ).*|\d+ s in total)$",
         "memcheck": r"^(?:=+ ERROR SUMMARY.*|self-check.*|=+ .*(?:Invalid|Error).*)$",
     }
     of_pytest = (
@@ -157,8 +157,8 @@ def findings(name: str, log: Path) -> list[str]:
     return re.findall(patterns.get(name, of_pytest), text, re.M)
 
 
-def of_ncu(text: str) -> list[str]:
-    """A line for each kernel in ncu's CSV: the metrics' values with their units."""
+def parse_ncu(text: str) -> list[str]:
+    """One line per kernel in ncu's CSV output: the metrics with their units."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     kernels: dict[tuple[str, str], list[str]] = {}
     for row in csv.DictReader(lines):
@@ -168,8 +168,8 @@ def of_ncu(text: str) -> list[str]:
     return [f"{kernel} {number}: {', '.join(values)}" for (number, kernel), values in kernels.items()]
 
 
-def shortened(summary: list[tuple[str, list[str]]]) -> list[str]:
-    """Every command's end, and as many of its findings as there is room for."""
+def shorten(summary: list[tuple[str, list[str]]]) -> list[str]:
+    """How each command ended, and as many of its key lines as fit."""
     room = max((SUMMARY_LINES - len(summary)) // max(sum(bool(found) for _, found in summary), 1), 0)
     lines = []
     for head, found in summary:
@@ -181,13 +181,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="*", metavar="STAGE", help="correct, figures, evidence, variants (default: all)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu", help="default: %(default)s")
-    parser.add_argument("--no-build", action="store_true", help="use the extension that is there")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: as much of each command as that allows")
+    parser.add_argument("--no-build", action="store_true", help="use the existing extension")
+    parser.add_argument("--rehearse", action="store_true", help="run the part of each command that works without a GPU")
     arguments = parser.parse_args()
     python, out = sys.executable, arguments.out.resolve()
     known = stages(python, out)
     if unknown := set(arguments.stage) - set(known):
-        parser.error(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment |= {"PYTHONUNBUFFERED": "1"}
@@ -199,27 +199,29 @@ def main() -> int:
 
     if not arguments.no_build:
         ended = build(python, out, environment)
-        note(f"build: {ended}", [] if ended.startswith("ok") else ["what is there of the extension is used"])
+        note(f"build: {ended}", [] if ended.startswith("ok") else ["using the existing extension, if any"])
     run([python, "-m", "eman_kernels"], out / "environment.log", 120, environment)
     print((out / "environment.log").read_text(), flush=True)
     sees = subprocess.run(
         [python, "-c", "import torch; print(torch.cuda.is_available())"], capture_output=True, text=True, cwd=ROOT
     )
     if "True" not in sees.stdout and not arguments.rehearse:
-        print("torch sees no CUDA GPU here (--rehearse runs what can be run without one)")
+        print("torch does not see a CUDA GPU (--rehearse runs the parts that work without one)")
         return 1
     for stage in arguments.stage or known:
         for command in known[stage]:
             name = f"{stage}, {command.name}"
             if command.needs and not shutil.which(command.needs) and not arguments.rehearse:
-                note(f"{name}: left out: no {command.needs} on PATH", [])
+                note(f"{name}: skipped: no {command.needs} on PATH", [])
                 continue
             log = out / f"{stage}-{command.name.replace(' ', '-')}.log"
             what = command.rehearsal if arguments.rehearse else command.run
-            ended = run(what, log, command.seconds, environment)
+            # A rehearsal shows that the commands work; how long they take there does not matter.
+            limit = None if arguments.rehearse else command.seconds
+            ended = run(what, log, limit, environment)
             failed |= not ended.startswith("ok")
-            note(f"{name}: {ended}", findings(command.name, log))
-    lines = shortened(summary)
+            note(f"{name}: {ended}", key_lines(command.name, log))
+    lines = shorten(summary)
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
     (out / "summary.json").write_text(json.dumps([{"command": head, "findings": found} for head, found in summary]))
     print("\n" + "\n".join(["summary", *lines][:SUMMARY_LINES]))

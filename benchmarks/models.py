@@ -1,4 +1,4 @@
-"""The networks that are measured: each hurts in another place."""
+"""The measured networks; each stresses a different part of an update."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 def wide_resnet28_2() -> nn.Module:
-    """FixMatch's network for 32 x 32 images and 10 classes: small, so that what is not the kernel shows."""
+    """FixMatch's network for 32 x 32 images and 10 classes: small, so the overhead around the kernel is visible."""
     blocks: list[nn.Module] = []
     width = 16
     for wider, stride in ((32, 1), (64, 2), (128, 2)):
@@ -42,47 +42,47 @@ def wide_resnet28_2() -> nn.Module:
 
 
 def odd_sizes() -> nn.Module:
-    """Prime widths: no tensor is a whole number of vectors."""
+    """Layers of prime width: no tensor size is a multiple of the vector width."""
     primes = (2003, 1999, 997, 1009, 1013, 499, 7)
     layers = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(primes)]
     return nn.Sequential(*(layer for group in layers for layer in group))
 
 
-def of_torchvision(name: str) -> nn.Module:
-    import torchvision  # without which the others can be measured
+def make_torchvision_model(name: str) -> nn.Module:
+    import torchvision  # here, because the other networks do not need it
 
     return getattr(torchvision.models, name)()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": partial(of_torchvision, "resnet50"),
-    "mobilenet_v3_large": partial(of_torchvision, "mobilenet_v3_large"),  # many small tensors
-    "mobilenet_v2": partial(of_torchvision, "mobilenet_v2"),
+    "resnet50": partial(make_torchvision_model, "resnet50"),
+    "mobilenet_v3_large": partial(make_torchvision_model, "mobilenet_v3_large"),  # many small tensors
+    "mobilenet_v2": partial(make_torchvision_model, "mobilenet_v2"),
     "wide_resnet28_2": wide_resnet28_2,
-    "vit_b_16": partial(of_torchvision, "vit_b_16"),  # few large ones, and no buffers
+    "vit_b_16": partial(make_torchvision_model, "vit_b_16"),  # few large tensors, and no buffers
     "odd_sizes": odd_sizes,
 }
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under every name they have, the non-persistent too."""
+    """Parameters and buffers under all their names, including non-persistent ones."""
     named = [module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)]
     return {name: tensor.detach() for some in named for name, tensor in some}
 
 
 def student_of(teacher: nn.Module) -> nn.Module:
-    """A copy of the teacher, some training later, counters included."""
+    """A copy of the teacher with changed weights, statistics and counters, as after some training."""
     student = copy.deepcopy(teacher).requires_grad_(True)
-    moved = {tensor.data_ptr(): tensor for tensor in tensors_of(student).values()}  # a tied one once
+    moved = {tensor.data_ptr(): tensor for tensor in tensors_of(student).values()}  # each tied tensor once
     for tensor in moved.values():
         tensor.add_(torch.randn_like(tensor) * 0.05 if tensor.is_floating_point() else 900)
     return student
 
 
 def pair(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """A teacher and a student: of MODELS, or torchvision's by that name."""
+    """A teacher and a student of this name, from MODELS or from torchvision."""
     torch.manual_seed(0)
-    make = MODELS.get(name) or partial(of_torchvision, name)
+    make = MODELS.get(name) or partial(make_torchvision_model, name)
     teacher = make().requires_grad_(False)
     student = student_of(teacher)
     teacher_dtype, student_dtype = DTYPES[dtype]
@@ -90,10 +90,10 @@ def pair(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, nn.Mod
 
 
 class Slices(nn.Module):
-    """Parameters of equal size that lie one after another in `flat`: the limit can take the same memory as one."""
+    """Parameters of equal size, contiguous in `flat`, so the limit can process the same memory as one vector."""
 
     def __init__(self, elements: int, tensors: int, device: torch.device) -> None:
         super().__init__()
-        self.flat = [torch.randn(elements, device=device)]  # in a list, so that it is no tensor of the module
+        self.flat = [torch.randn(elements, device=device)]  # in a list, so that the module does not register it
         pieces = self.flat[0].chunk(tensors)
         self.pieces = nn.ParameterList(nn.Parameter(piece, requires_grad=False) for piece in pieces)

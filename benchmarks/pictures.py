@@ -1,5 +1,7 @@
-"""Rows as pictures: bars by method and model, growth curves, and the share of a step. Axes begin at 0 or are
-logarithmic, and say so."""
+"""Pictures of the rows: bars by method and model, growth curves, and the share of a step.
+
+Axes start at 0, or are logarithmic and labeled so.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tables import by_size, duration, groups, keepers, main_of_ours, of_kind, on
 from updates import COPY, LIMIT, LOOP, OURS
 
 matplotlib.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-# Wong's palette: told apart by every kind of colour vision.
+# Wong's palette, which can be distinguished with any kind of color vision.
 BLUE, ORANGE, GREY, BLACK, GREEN, PINK = "#0072B2", "#E69F00", "#BBBBBB", "#000000", "#009E73", "#CC79A7"
 CURVES = {
     LOOP: (ORANGE, "s", "-"),
@@ -21,11 +23,11 @@ CURVES = {
     "foreach, lists kept": (PINK, "D", "-"),
     LIMIT: (BLACK, "", "--"),
 }
-CUT = 12  # times the limit: a longer bar is cut there, and its label says its length
+CUT = 12  # multiples of the limit: longer bars are cut here, and their labels give the value
 
 
 def place(rows: list[dict]) -> str:
-    """The conditions, for a picture's foot."""
+    """The machine, versions and date of the measurements."""
     row = rows[0]
     device = row["cpu"] + " (CPU)" if row["device"] == "cpu" else row["device"]
     driver = f", driver {row['driver']}" if "driver" in row else ""
@@ -39,7 +41,7 @@ def bars(rows: list[dict], dtype: str, threads: int) -> Figure:
         model: [row for row in at if row.get("median_ms") and row["method"] not in (LIMIT, COPY)]
         for model, at in found.items()
     }
-    # Two columns, and the place after the last for the legend.
+    # Two columns; the panel after the last one holds the legend.
     lines, most = len(shown) // 2 + 1, max(map(len, shown.values()))
     figure = Figure(figsize=(13, lines * (0.2 * most + 0.7) + 0.4), layout="constrained")
     *panels, last = figure.subplots(lines, 2).flat[: len(shown) + 1]
@@ -61,21 +63,25 @@ def bars(rows: list[dict], dtype: str, threads: int) -> Figure:
         axes.set_xlim(0, CUT + 2.5)
         axes.margins(y=0.02)
         axes.set_xlabel("multiples of the limit", fontsize=8)
-    colours = {BLUE: "eman_kernels", ORANGE: "keeps the EMAN rule", GREY: "does less: counters or buffers not followed"}
+    colours = {
+        BLUE: "eman_kernels",
+        ORANGE: "keeps the EMAN rule",
+        GREY: "does less: does not update counters or buffers",
+    }
     handles = [Patch(color=colour, label=label) for colour, label in colours.items()]
-    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="the limit: one flat lerp of as many elements"))
-    handles.append(Line2D([], [], color=BLACK, linewidth=1.2, label="from quartile to quartile"))
+    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="the limit: one flat lerp of the same size"))
+    handles.append(Line2D([], [], color=BLACK, linewidth=1.2, label="interquartile range"))
     last.legend(handles=handles, loc="center", frameon=False, fontsize=10)
     on = f", {on_threads(threads)}" if rows[0]["device"] == "cpu" else ""
     figure.suptitle(
-        f"One update, {dtype}{on}, cold cache: medians, as multiples of the limit and as times. {place(rows)}",
+        f"One update, {dtype}{on}, cold cache: medians, as multiples of the limit and as durations. {place(rows)}",
         fontsize=9,
     )
     return figure
 
 
 def logarithmic(axes: Axes) -> None:
-    """The y axis, with plain numbers, between the powers of ten too where these are few."""
+    """Make the y axis logarithmic, with plain numbers (also between powers of ten if the axis has few of them)."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
@@ -97,14 +103,14 @@ def curve(axes: Axes, rows: list[dict], kind: str) -> None:
 
 
 def around(axes: Axes, rows: list[dict], kind: str) -> None:
-    """Ours alone: the host's time, the plan's, and the table."""
+    """eman_kernels only: host overhead, time to build the plan, and size of the chunk table."""
     ours = main_of_ours(of_kind(rows, kind))
     points = [(size, at[ours]) for size, at in by_size(rows, kind).items() if at.get(ours, {}).get("median_ms")]
     sizes = [size for size, _ in points]
     lines = {
-        "host time of update(), warm cache": (BLUE, "o", [row["host_warm_us"] / 1e3 for _, row in points]),
-        "host time of update(), cold cache": (GREEN, "^", [row["host_cold_us"] / 1e3 for _, row in points]),
-        "making the plan, once": (ORANGE, "s", [row["plan_ms"] for _, row in points]),
+        "host overhead of update(), warm cache": (BLUE, "o", [row["host_warm_us"] / 1e3 for _, row in points]),
+        "host overhead of update(), cold cache": (GREEN, "^", [row["host_cold_us"] / 1e3 for _, row in points]),
+        "building the plan, once": (ORANGE, "s", [row["plan_ms"] for _, row in points]),
     }
     for label, (colour, marker, values) in lines.items():
         axes.plot(sizes, values, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
@@ -113,9 +119,9 @@ def around(axes: Axes, rows: list[dict], kind: str) -> None:
     axes.set_ylabel("time, ms (log scale)")
     axes.grid(color="#DDDDDD", linewidth=0.5)
     table = axes.twinx()
-    table.plot(sizes, [row["table_bytes"] / 1e3 for _, row in points], color=BLACK, linestyle=":", label="table")
+    table.plot(sizes, [row["table_bytes"] / 1e3 for _, row in points], color=BLACK, linestyle=":", label="chunk table")
     logarithmic(table)
-    table.set_ylabel("table of chunks, kB (log scale, dotted)")
+    table.set_ylabel("chunk table, kB (log scale, dotted)")
     table.spines["right"].set_visible(True)
 
 
@@ -125,7 +131,7 @@ def growth_curves(rows: list[dict]) -> Figure:
     fixed = {kind: next(row for row in of_kind(rows, kind) if row["tensors"] > 1) for kind in ("elements", "tensors")}
     labels = (
         ("elements", f"elements, in {fixed['elements']['tensors']} tensors (log scale)"),
-        ("tensors", f"tensors, of {fixed['tensors']['elements']:,} elements together (log scale)"),
+        ("tensors", f"tensors, with {fixed['tensors']['elements']:,} elements in total (log scale)"),
     )
     for column, (kind, label) in enumerate(labels):
         curve(panels[0, column], rows, kind)
@@ -136,9 +142,9 @@ def growth_curves(rows: list[dict]) -> Figure:
         row[1].legend(frameon=False, fontsize=8, loc="upper left")
     for column in range(2):
         panels[0, column].set_title("one update, float32", fontsize=9)
-        panels[1, column].set_title("eman_kernels: the work around the kernel", fontsize=9)
+        panels[1, column].set_title("eman_kernels: work outside the kernel", fontsize=9)
     threads = f"{on_threads(fixed['elements']['threads'])}, " if rows[0]["device"] == "cpu" else ""
-    figure.suptitle(f"{threads}cold cache; medians, bands are quartiles. {place(rows)}", fontsize=8)
+    figure.suptitle(f"{threads}cold cache; medians with interquartile bands. {place(rows)}", fontsize=8)
     return figure
 
 
@@ -157,13 +163,69 @@ def step_bars(rows: list[dict]) -> Figure:
     axes.set_xlim(0, 1.45 * max(row["q3_percent"] for row in found))
     axes.set_xlabel("the teacher update's share of a training step, %")
     one = found[0]
-    batch = f"WideResNet-28-2, {one['labelled']} labelled and {one['unlabelled']} unlabelled images"
+    batch = f"WideResNet-28-2, {one['labelled']} labeled and {one['unlabelled']} unlabeled images"
     axes.set_title(f"{batch}; medians with quartiles\n{place(rows)}", fontsize=8)
     return figure
 
 
+SPEED = {
+    LOOP: "published EMAN loop",
+    "timm ModelEmaV3": "timm ModelEmaV3",
+    "foreach, lists kept": "torch._foreach_lerp_\non lists kept by hand",
+    OURS: "eman_kernels",
+}
+
+
+def speed_rows(rows: list[dict]) -> dict[str, dict]:
+    """The rows that the README's chart shows: ResNet-50 in float32 on a GPU, by the method's label in the chart."""
+    measured = [row for row in of_kind(rows, "update") if row.get("median_ms")]
+    found = {row["method"]: row for row in measured if (row["model"], row["dtype"]) == ("resnet50", "float32")}
+    found[OURS] = found[main_of_ours(list(found.values()))]
+    return {label: found[method] for method, label in SPEED.items() if method in found}
+
+
+def speed(rows: list[dict], dark: bool) -> Figure:
+    """The README's chart: host time and GPU time of one update, for a light or a dark page. Ours is the last row."""
+    # A background of its own: a viewer in dark mode may show the chart on a light page.
+    page, text, ours, others = (
+        ("#0D1117", "#E6EDF3", "#58A6FF", "#6E7681") if dark else ("#FFFFFF", "#1F2328", BLUE, GREY)
+    )
+    found = speed_rows(rows)
+    figure = Figure(figsize=(9, 2.9), layout="constrained", facecolor=page)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, what in zip(panels, ("host_ms", "median_ms"), ("Host (CPU) time", "GPU time"), strict=True):
+        times = [row[key] for row in found.values()]
+        bars = axes.barh(range(len(times)), times, color=[others] * (len(times) - 1) + [ours], height=0.66)
+        labels = axes.bar_label(bars, [f"{time:.2f} ms" for time in times], padding=4, color=text, fontsize=11)
+        labels[-1].set_fontweight("bold")
+        axes.set_title(f"{what} per training step", color=text, fontsize=12, loc="left")
+        axes.set_xlim(0, 1.3 * max(times))
+        axes.set_facecolor("none")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.tick_params(left=False, bottom=False, labelbottom=False, colors=text, labelsize=11)
+        axes.spines[["bottom", "left"]].set_visible(False)
+    panels[0].invert_yaxis()
+    panels[0].get_yticklabels()[-1].set_fontweight("bold")
+    row = next(iter(found.values()))
+    figure.supxlabel(
+        f"ResNet-50 ({row['tensors']} tensors, {row['elements'] / 1e6:.1f} M elements), float32. "
+        f"{row['device']}, torch {row['torch']}, {row['date']}. Medians.",
+        color=text,
+        fontsize=9.5,
+    )
+    return figure
+
+
+def draw_speed(rows: list[dict], folder: Path) -> None:
+    """Write speed-light.svg and speed-dark.svg. The same rows give the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "eman_kernels"}):
+        for dark, name in ((False, "light"), (True, "dark")):
+            figure = speed(rows, dark)
+            figure.savefig(folder / f"speed-{name}.svg", metadata={"Date": None})
+
+
 def draw(rows: list[dict], stem: Path) -> list[Path]:
-    """Every picture that the rows give, beside `stem`."""
+    """Draw every picture for which there are rows; file names start with `stem`."""
     keys = list(groups(rows))
     threads = max((key[2] for key in keys), default=0)
     figures = {dtype: bars(rows, dtype, threads) for dtype in dict.fromkeys(key[1] for key in keys)}

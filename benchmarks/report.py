@@ -1,7 +1,8 @@
-"""`make report`: everything that this machine can measure, as JSON, tables and pictures.
+"""`make report`: measure everything that this machine can measure; write JSON, tables and pictures.
 
-Writes <device>-<date>.json, after each measurement, then .md and .png into benchmarks/results; of a whole run the
-summary goes into both READMEs, whose CPU and GPU have a place each.
+Writes <device>-<date>.json (after each measurement), then .md and .png, to benchmarks/results. A complete run also
+updates the summary in docs/speed.md and benchmarks/README.md, which have separate sections for CPU and GPU; on a GPU it
+also draws the chart of README.md.
 """
 
 import argparse
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 from adapters import adapters
-from checks import RULES, rules_kept
-from counts import SIZES, host_instructions, no_callgrind
-from growth import around_the_kernel, around_the_kernel_of_teachers, growth
+from checks import RULES, check_rules
+from counts import SIZES, host_instructions, why_not_callgrind
+from growth import growth, measure_host_overhead, measure_teacher_overhead
 from models import DTYPES, MODELS, pair
 from peers import peers
 from step import training_steps
@@ -25,58 +26,60 @@ from tables import (
     embed,
     groups,
     growth_table,
-    in_short,
     instructions_table,
     of_kind,
     on_threads,
     rules_table,
     step_table,
     summary,
+    summary_methods,
     title,
     update_table,
     verdicts,
 )
-from timing import machine, measure, said
-from updates import OURS, Method, by_hand, by_us
+from timing import describe_error, machine, measure
+from updates import OURS, Method, handwritten_methods, our_methods
 
 try:
-    from pictures import draw
-except ImportError:  # of matplotlib: JSON and tables are written all the same
+    from pictures import draw, draw_speed
+except ImportError:  # without matplotlib, only JSON and tables are written
     draw = None
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+GUIDE = HERE.parent / "docs"
 
 
 def methods_for(device: torch.device, dtype: str) -> dict[str, Method | str]:
-    found = by_hand() | peers(dtype) | by_us(device) | adapters()
+    found = handwritten_methods() | peers(dtype) | our_methods(device) | adapters()
     if dtype != "bfloat16":
-        found.pop("eman_kernels, stochastic", None)  # elsewhere it is the same work
+        found.pop("eman_kernels, stochastic", None)  # for other dtypes it does the same work
     return found
 
 
-def only(methods: dict[str, Method | str], parts: list[str] | None) -> dict[str, Method | str]:
-    """Those with one of these parts in their name; all, where none are given."""
+def select_methods(methods: dict[str, Method | str], parts: list[str] | None) -> dict[str, Method | str]:
+    """The methods whose name contains one of these parts; all methods if there are none."""
     return {name: how for name, how in methods.items() if not parts or any(part in name for part in parts)}
 
 
 def rules_rows(device: torch.device, parts: list[str] | None) -> list[dict]:
     rows = []
-    for name, method in only(methods_for(device, "bfloat16"), parts).items():
+    for name, method in select_methods(methods_for(device, "bfloat16"), parts).items():
         if isinstance(method, str):
             continue
         try:
             with torch.no_grad():
-                rows.append({"kind": "rules", "method": name, "rules": rules_kept(method, device)})
+                rows.append({"kind": "rules", "method": name, "rules": check_rules(method, device)})
         except ImportError:
-            continue  # the tables of times say that it is not here
-        except Exception as error:  # of a library of another version, say: the others have their rows
-            rows.append({"kind": "rules", "method": name, "rules": dict.fromkeys(RULES, f"raises: {said(error)}")})
+            continue  # the timing tables show the import error
+        except Exception as error:  # e.g. an incompatible version of a library; measure the others
+            rows.append(
+                {"kind": "rules", "method": name, "rules": dict.fromkeys(RULES, f"raises: {describe_error(error)}")}
+            )
     return rows
 
 
 def instruction_rows() -> list[dict]:
-    if reason := no_callgrind():
+    if reason := why_not_callgrind():
         return [{"kind": "instructions", "why_not": reason}]
     counted = host_instructions().items()
     return [{"kind": "instructions", "method": n, "sizes": SIZES, "instructions": c} for n, c in counted]
@@ -85,28 +88,28 @@ def instruction_rows() -> list[dict]:
 def update_rows(
     model: str, dtype: str, device: torch.device, threads: int, rounds: int, parts: list[str] | None
 ) -> list[dict]:
-    """One model and dtype by all methods, and what is around the kernel."""
-    few = min(12, rounds) if model == "vit_b_16" else rounds  # a round takes seconds on a CPU
-    measured = measure(model, dtype, device, threads, few, only(methods_for(device, dtype), parts))
+    """Measure one model and dtype with all methods, and the host overhead of eman_kernels."""
+    few = min(12, rounds) if model == "vit_b_16" else rounds  # one round takes seconds on a CPU
+    measured = measure(model, dtype, device, threads, few, select_methods(methods_for(device, dtype), parts))
     ours = [row for row in measured if row.method.startswith(OURS) and row.median_ms]
     if dtype == "float32" and ours:
         with torch.no_grad():
-            around = around_the_kernel(*pair(model, dtype, device), rounds)
-            around |= around_the_kernel_of_teachers(pair(model, dtype, device)[1], rounds)
+            around = measure_host_overhead(*pair(model, dtype, device), rounds)
+            around |= measure_teacher_overhead(pair(model, dtype, device)[1], rounds)
         vars(ours[0]).update(around)
     return [asdict(row) for row in measured]
 
 
 def parts_of(device: torch.device, given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
-    """Everything that is measured, piece by piece, with what it is called."""
+    """All parts of the report, as (name, function that measures it)."""
     quick = given.quick
     rounds = 2 if quick else 30
     if quick:
-        torch.set_num_threads(1)  # on a busy machine two threads wait for each other at each of the loop's operations
+        torch.set_num_threads(1)  # on a busy machine, two threads would wait for each other at each operation
     threads = torch.get_num_threads()
     models = given.model or (["wide_resnet28_2"] if quick else list(MODELS))
     dtypes = given.dtype or (["float32"] if quick else list(DTYPES))
-    yield "what each gets right", partial(rules_rows, device, given.method)
+    yield "correctness", partial(rules_rows, device, given.method)
     for model in models:
         for dtype in dtypes:
             yield f"{model}, {dtype}", partial(update_rows, model, dtype, device, threads, rounds, given.method)
@@ -119,21 +122,21 @@ def parts_of(device: torch.device, given: argparse.Namespace) -> Iterator[tuple[
     yield from growth(device, found, 300_000 if quick else 10**9, rounds)
     labelled = 64 if device.type == "cuda" else 1 if quick else 8
     yield "training steps", partial(training_steps, device, 2 if quick else 12, labelled)
-    left_out = [{"kind": "instructions", "why_not": "left out of the quick run"}]
+    left_out = [{"kind": "instructions", "why_not": "skipped in the quick run"}]
     yield "instructions", (lambda: left_out) if quick else instruction_rows
 
 
 def run(device: torch.device, given: argparse.Namespace, file: Path) -> list[dict]:
-    """All rows, each with the machine it is from; in the file after every piece, so that none is lost with a later one.
+    """Measure all parts and return their rows, each with the machine and versions.
 
-    A piece that fails leaves a row that says why.
+    The file is written after every part, so a later crash loses nothing. A failed part leaves a row with the reason.
     """
     described, rows = machine(device), []
     for what, measured in parts_of(device, given):
         try:
             found = measured()
         except Exception as error:
-            found = [{"kind": "failed", "what": what, "why_not": said(error)}]
+            found = [{"kind": "failed", "what": what, "why_not": describe_error(error)}]
             print(f"\n{what}: {found[0]['why_not']}", flush=True)
         rows += [described | {name: value for name, value in row.items() if value is not None} for row in found]
         file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
@@ -150,21 +153,21 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
         "# What a teacher update costs\n",
         ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n",
     ]
-    parts.append("How each number is measured, and what it does not show: benchmarks/README.md.\n")
-    parts += ["## What was to be shown\n", verdicts(rows)]
+    parts.append("How each number is measured, and what it does not show: see benchmarks/README.md.\n")
+    parts += ["## Goals\n", verdicts(rows)]
     if failed := of_kind(rows, "failed"):
-        parts += ["## What failed\n", *(f"- {row['what']}: {row['why_not']}\n" for row in failed)]
-    parts += ["## What each gets right\n", rules_table(rows)]
+        parts += ["## Failed measurements\n", *(f"- {row['what']}: {row['why_not']}\n" for row in failed)]
+    parts += ["## Correctness\n", rules_table(rows)]
     parts += ["## Pictures\n", *(f"![{path.stem}]({path.name})\n" for path in pictures)]
-    parts += ["## One update\n", "In short: times the limit, and milliseconds.\n"]
+    parts += ["## One update\n", "Summary: multiples of the limit, and durations.\n"]
     for dtype in dict.fromkeys(key[1] for key in groups(rows)):
         parts += [f"### {dtype}\n", summary(rows, dtype)]
     for key, found in groups(rows).items():
         parts += [f"### {title(*key, found)}\n", update_table(found)]
-    parts += ["## Growth with the elements\n", growth_table(rows, "elements")]
-    parts += ["## Growth with the tensors\n", growth_table(rows, "tensors")]
-    parts += ["## The share of a training step\n", step_table(rows)]
-    parts += ["## Instructions of the host\n", instructions_table(rows)]
+    parts += ["## Growth with the number of elements\n", growth_table(rows, "elements")]
+    parts += ["## Growth with the number of tensors\n", growth_table(rows, "tensors")]
+    parts += ["## Share of a training step\n", step_table(rows)]
+    parts += ["## Host instructions\n", instructions_table(rows)]
     return "\n".join(parts)
 
 
@@ -172,50 +175,55 @@ def conditions(rows: list[dict]) -> str:
     row, threads = rows[0], on_threads(max(key[2] for key in groups(rows)))
     where = f"{row['cpu']}, {threads}" if row["device"] == "cpu" else f"{row['device']}, driver {row['driver']}"
     return (
-        f"{where}, torch {row['torch']}, {row['date']}: time over that of one `lerp_` on a flat "
-        "vector of as many elements, float32, medians"
+        f"{where}, torch {row['torch']}, {row['date']}. Median time relative to one `lerp_` on a flat vector of "
+        "the same size (x limit), and duration; float32"
     )
 
 
 def short(rows: list[dict]) -> str:
-    """What the README shows of a report."""
-    return f"{conditions(rows)}.\n\n" + summary(rows, "float32", in_short(rows))
+    """The part of a report that docs/speed.md shows."""
+    return f"{conditions(rows)}.\n\n" + summary(rows, "float32", summary_methods(rows))
 
 
 def block(rows: list[dict], stem: str) -> str:
-    """What benchmarks/README.md shows of a report."""
+    """The part of a report that benchmarks/README.md shows."""
     folder = f"results/{stem}"
-    parts = [f"{conditions(rows)}; quartiles and the rest are in [{stem}.md]({folder}.md).", summary(rows, "float32")]
+    parts = [
+        f"{conditions(rows)}. Quartiles and all other results are in [{stem}.md]({folder}.md).",
+        summary(rows, "float32"),
+    ]
     parts += [f"![One update by method and model, as a multiple of the limit]({folder}-float32.png)"]
     if of_kind(rows, "elements"):
-        parts += [f"![Growth of the cost with the elements and with the tensors]({folder}-growth.png)"]
+        parts += [f"![Growth of the cost with the number of elements and of tensors]({folder}-growth.png)"]
     if of_kind(rows, "step"):
         parts += [step_table(rows)]
     mine = next(row for row in rows if row["kind"] == "update" and "plan_ms" in row)
     parts += [
-        f"`EMANTeacher.update()` apart from the kernel, for {mine['model']}: {mine['teacher_warm_us']:.0f} us in a "
-        f"warm cache and {mine['teacher_cold_us']:.0f} us in a cold one; with `cast` {mine['cast_warm_us']:.0f} and "
-        f"{mine['cast_cold_us']:.0f} us. Making its plan takes {mine['plan_ms']:.1f} ms, once; the table "
-        f"of chunks is {mine['table_bytes'] / 1e3:.0f} KB."
+        f"Host overhead of `EMANTeacher.update()` for {mine['model']}: {mine['teacher_warm_us']:.0f} us with a warm "
+        f"cache and {mine['teacher_cold_us']:.0f} us with a cold cache; with `cast`, {mine['cast_warm_us']:.0f} and "
+        f"{mine['cast_cold_us']:.0f} us. Building the plan takes {mine['plan_ms']:.1f} ms, once; the chunk table "
+        f"has {mine['table_bytes'] / 1e3:.0f} KB."
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def place(device: str) -> str:
-    """Which of a README's two generated parts shows a report from there."""
+    """The name of the section of docs/speed.md and benchmarks/README.md for reports from this device."""
     return "make report" if device == "cpu" else "make report on a GPU"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a minute, and no figure to be believed")
+    parser.add_argument("--quick", action="store_true", help="a trial run of a minute; its figures are not reliable")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help=f"only these: {', '.join(MODELS)}, or torchvision's")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help=f"only these: {', '.join(MODELS)}, or any torchvision model"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
-    parser.add_argument("--method", nargs="+", metavar="PART", help="only methods with one of these in their name")
+    parser.add_argument("--method", nargs="+", metavar="PART", help="only methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: %(default)s")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not move")  # the tables say which teachers move
+    warnings.filterwarnings("ignore", message=".*does not move")  # the tables show which teachers move
     device = torch.device(arguments.device)
     described = machine(device)
     name = "".join(c if c.isalnum() else "-" for c in described["device"].lower())
@@ -226,8 +234,10 @@ def main() -> int:
     stem.with_suffix(".md").write_text(text(rows, pictures))
     whole = not (arguments.quick or arguments.model or arguments.dtype or arguments.method)
     if whole and not of_kind(rows, "failed") and arguments.out == HERE / "results":
-        for page, shown in ((README, short(rows)), (HERE / "README.md", block(rows, stem.name))):
+        for page, shown in ((GUIDE / "speed.md", short(rows)), (HERE / "README.md", block(rows, stem.name))):
             page.write_text(embed(page.read_text(), place(device.type), shown))
+        if draw and device.type == "cuda":
+            draw_speed(rows, GUIDE)
     print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
     return int(bool(of_kind(rows, "failed")))
 

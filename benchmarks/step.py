@@ -1,7 +1,7 @@
-"""The update's share of a training step like FixMatch's: the student's two passes, the teacher's, SGD, the update.
+"""The update's share of a FixMatch-like training step: student forward and backward, teacher forward, SGD, update.
 
-Written as a user writes it, once for each way of following. The batch is small on a CPU (8 labelled images and 56
-unlabelled ones) and FixMatch's own on a GPU (64 and 448): the smaller the batch, the larger the share.
+The step is written as a user would write it, once per update method. The batch is small on a CPU (8 labeled and 56
+unlabeled images) and FixMatch's own on a GPU (64 and 448): the smaller the batch, the larger the share.
 """
 
 import copy
@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import torch
 from models import pair
-from timing import MOMENTUM, clock, share
+from timing import MOMENTUM, summarize_shares, synchronized_ms
 from torch import nn
 from tqdm import tqdm
 from updates import LOOP, published_loop
 
 from eman_kernels import EMANTeacher
 
-UNLABELLED = 7  # for each labelled image
-Way = tuple[Callable, Callable[[], object]]  # the teacher's forward pass, and the update
+UNLABELLED = 7  # per labeled image
+Way = tuple[Callable, Callable[[], object]]  # the teacher's forward pass and its update
 
 
 def published(student: nn.Module) -> Way:
@@ -42,7 +42,7 @@ WAYS = {LOOP: published, "timm ModelEmaV3": timm_v3, "eman_kernels": ours}
 
 
 def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dict]:
-    """One row a way: milliseconds of the step and of the update, and the update's share, with quartiles."""
+    """One row per update method: milliseconds of the step and of the update, and the share, with quartiles."""
     _, student = pair("wide_resnet28_2", "float32", device)
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9, nesterov=True)
@@ -59,7 +59,7 @@ def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dic
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for k in tqdm(range(rounds + 2), desc="training steps", leave=False, disable=None):
         for name, (teacher, update) in ways.items():
-            begin = clock(device)
+            begin = synchronized_ms(device)
             with torch.no_grad():
                 confidence, pseudo = teacher(weak).softmax(dim=1).max(dim=1)
             logits = student(images)
@@ -69,13 +69,13 @@ def training_steps(device: torch.device, rounds: int, labelled: int) -> list[dic
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            before = clock(device)
+            before = synchronized_ms(device)
             update()
-            end = clock(device)
+            end = synchronized_ms(device)
             if k >= 2:
                 times[name].append((end - begin, end - before))
     for name, samples in times.items():
         row = {"kind": "step", "method": name, "model": "wide_resnet28_2", "dtype": "float32", "labelled": labelled}
         row |= {"threads": torch.get_num_threads(), "unlabelled": labelled * UNLABELLED}
-        rows.append(row | share(samples))
+        rows.append(row | summarize_shares(samples))
     return rows

@@ -1,10 +1,10 @@
-"""Rows as text: the tables of bench_update.py, of a report, and of the README."""
+"""Markdown tables of the rows, for bench_update.py, the report, docs/speed.md and the READMEs."""
 
 from checks import EMAN, RULES
 from tabulate import tabulate
 from updates import COPY, GRAPH, LIMIT, LOOP, OURS
 
-TOLERANCE = 1.10  # how much slower than a method that does less ours may be
+TOLERANCE = 1.10  # eman_kernels may be this much slower than a method that does less
 
 
 def markdown(lines: list[list], headers: list[str]) -> str:
@@ -16,7 +16,7 @@ def of_kind(rows: list[dict], kind: str) -> list[dict]:
 
 
 def groups(rows: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
-    """The rows of each (model, dtype, threads), in the order in which they were measured."""
+    """(model, dtype, threads) -> its rows, in the order of measurement."""
     found: dict[tuple[str, str, int], list[dict]] = {}
     for row in of_kind(rows, "update"):
         found.setdefault((row["model"], row["dtype"], row["threads"]), []).append(row)
@@ -24,18 +24,18 @@ def groups(rows: list[dict]) -> dict[tuple[str, str, int], list[dict]]:
 
 
 def main_of_ours(rows: list[dict]) -> str:
-    """The backend that `auto` takes: the first of ours that has a figure."""
+    """The backend that `auto` selects: our first method that was measured."""
     return next(row["method"] for row in rows if row["method"].startswith(OURS) and row.get("median_ms"))
 
 
 def keepers(rows: list[dict]) -> set[str]:
-    """The methods that keep the EMAN rule, by what they were seen to do, and their replays."""
+    """The methods observed to keep the EMAN rule, and their CUDA graph replays."""
     kept = {row["method"] for row in of_kind(rows, "rules") if all(row["rules"][rule] == "yes" for rule in EMAN)}
     return kept | {method + GRAPH for method in kept}
 
 
 def update_table(rows: list[dict]) -> str:
-    """One model, dtype and number of threads."""
+    """The table of one model, dtype and number of threads."""
     loop = next((row.get("median_ms") for row in rows if row["method"] == LOOP), None)
     on_host = any(row.get("host_ms") for row in rows)
     lines, missing = [], notes(rows)
@@ -61,13 +61,13 @@ def update_table(rows: list[dict]) -> str:
                 *([f"{row['host_ms']:.3f}"] if on_host else []),
             ]
         )
-    headers = ["method", "ms", "quartiles", "x limit", "quartiles", "faster than the loop", "GB/s", "B/element"]
-    headers += ["operations", "host syncs", "leaves undone"] + ["host ms"] * on_host
+    headers = ["method", "ms", "quartiles", "x limit", "quartiles", "speedup over the loop", "GB/s", "B/element"]
+    headers += ["operations", "host syncs", "not done"] + ["host ms"] * on_host
     return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
 
 
 def notes(rows: list[dict]) -> list[str]:
-    """What is to be known of the times, for under a table."""
+    """Remarks on the times, as lines below the table."""
     return [f"\n- {row['method']}: {row['note']}" for row in rows if row.get("note")]
 
 
@@ -82,7 +82,7 @@ def title(model: str, dtype: str, threads: int, rows: list[dict]) -> str:
 
 
 def rules_table(rows: list[dict]) -> str:
-    """A raised error goes under the table: its text would widen a column."""
+    """Which method keeps which rule. Error messages are below the table, where they do not widen a column."""
     lines, raised = [], []
     for row in of_kind(rows, "rules"):
         lines.append([row["method"], *("no: raises" if "raises" in (a := row["rules"][r]) else a for r in RULES)])
@@ -96,7 +96,7 @@ def duration(ms: float) -> str:
 
 
 def summary(rows: list[dict], dtype: str, only: list[str] | None = None) -> str:
-    """x limit and milliseconds of each method, or of those, and of each model, by the most threads."""
+    """Multiple of the limit and duration by method (all, or `only` these) and model, with the most threads measured."""
     threads = max(key[2] for key in groups(rows))
     chosen = {key[0]: found for key, found in groups(rows).items() if key[1:] == (dtype, threads)}
     kept = keepers(rows)
@@ -112,13 +112,13 @@ def summary(rows: list[dict], dtype: str, only: list[str] | None = None) -> str:
     return markdown(lines, ["method", "keeps the EMAN rule", *chosen])
 
 
-def in_short(rows: list[dict]) -> list[str]:
-    """The methods that matter: by hand, the fastest library that keeps the rule, ours, and the limit."""
+def summary_methods(rows: list[dict]) -> list[str]:
+    """The methods for a summary: handwritten, the fastest library that keeps the rule, ours, and the limit."""
     return [LOOP, "foreach, lists kept", "timm ModelEmaV3", main_of_ours(of_kind(rows, "update")), LIMIT]
 
 
 def by_size(rows: list[dict], kind: str) -> dict[int, dict[str, dict]]:
-    """Size -> method -> row, of a growth curve."""
+    """Size -> method -> row, for one growth curve."""
     found: dict[int, dict[str, dict]] = {}
     for row in of_kind(rows, kind):
         found.setdefault(row["size"], {})[row["method"]] = row
@@ -142,12 +142,12 @@ def growth_table(rows: list[dict], kind: str) -> str:
             around.append(f"{mine['table_bytes']:,}")
         lines.append([f"{size:,}", *cells, *around])
     headers = [kind, *(f"{method}, ms" for method in methods)]
-    headers += ["our host time warm, us", "cold, us", "our plan, ms", "our table, bytes"]
+    headers += ["host overhead warm, us", "host overhead cold, us", "building the plan, ms", "chunk table, bytes"]
     return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
 
 
 def embed(page: str, by: str, new: str) -> str:
-    """The page with this between its two comments that say who writes there."""
+    """Replace the section of the page between the two comments that name `by` as its writer."""
     begin, end = f"<!-- written by {by} -->\n", f"<!-- end of {by} -->\n"
     before, rest = page.split(begin)
     return before + begin + new + end + rest.split(end)[1]
@@ -165,7 +165,7 @@ def step_table(rows: list[dict]) -> str:
 
 
 def instructions_table(rows: list[dict]) -> str:
-    """A fixed part and a part for each tensor: the line through the two sizes."""
+    """Instructions per tensor and per call: the line through the two measured sizes."""
     lines = []
     for row in of_kind(rows, "instructions"):
         if row.get("why_not"):
@@ -173,11 +173,11 @@ def instructions_table(rows: list[dict]) -> str:
         (few, many), (low, high) = row["sizes"], row["instructions"]
         each = (high - low) / (many - few)
         lines.append([row["method"], f"{each:,.0f}", f"{low - each * few:,.0f}"])
-    return markdown(lines, ["method", "instructions for each tensor", "and once"])
+    return markdown(lines, ["method", "instructions per tensor", "instructions per call"])
 
 
 def verdicts(rows: list[dict]) -> str:
-    """What is to be shown of ours, with each exception."""
+    """Whether eman_kernels meets its goals, with each exception."""
     kept = keepers(rows)
     behind, far, slower = [], [], []
     for (model, dtype, threads), found in groups(rows).items():
@@ -189,24 +189,24 @@ def verdicts(rows: list[dict]) -> str:
         for method, row in timed.items():
             if method in (LIMIT, COPY) or method.startswith(OURS):
                 continue
-            # A replay beside our replay: neither has work of the host's in it.
+            # Compare graph replays with our graph replay: neither includes host work.
             same_way = timed.get(mine["method"] + GRAPH) if method.endswith(GRAPH) else mine
             if same_way is None:
                 continue
             ratio = same_way["x_limit"] / row["x_limit"]
             if method in kept and ratio > 1:
-                behind.append(f"{where}: {ratio:.2f} of the time of {method}")
+                behind.append(f"{where}: {ratio:.2f} times the time of {method}")
             if method not in kept and ratio > TOLERANCE:
-                slower.append(f"{where}: {ratio:.2f} of the time of {method}")
+                slower.append(f"{where}: {ratio:.2f} times the time of {method}")
         if mine["elements"] > 5_000_000 and mine["x_limit"] > 1.15:
             far.append(f"{where}: {mine['x_limit']:.2f} ({mine['x_limit_q1']:.2f} ... {mine['x_limit_q3']:.2f})")
     claims = {
-        "First of all methods that keep the EMAN rule, on every model and dtype": behind,
-        "Within 1.15 of the limit for models over 5 M elements": far,
-        "Nowhere slower by more than 10 % than a method that does less": slower,
+        "Fastest of all methods that keep the EMAN rule, for every model and dtype": behind,
+        "Within 1.15 times the limit for models with over 5 M elements": far,
+        "Never more than 10 % slower than a method that does less": slower,
     }
     parts = []
     for claim, exceptions in claims.items():
-        parts.append(f"- {claim}: {'not so for' if exceptions else 'so.'}")
+        parts.append(f"- {claim}: {'not met for:' if exceptions else 'met.'}")
         parts += [f"  - {exception}" for exception in exceptions]
     return "\n".join(parts) + "\n"

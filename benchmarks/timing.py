@@ -1,7 +1,7 @@
-"""How a time is taken: a gate on the result first, then calls in turn, each on a cold cache; medians and quartiles.
+"""Timing: check the result first, then time the methods in turn, each call with a cold cache; medians and quartiles.
 
-The methods run A B C, A B C ..., so that a change of the machine's pace meets them all, and a ratio is taken within its
-round. On CUDA the time is the device's, by events, and the host's time for the call stands beside it.
+The methods run A B C, A B C, ..., so changes of the machine's speed affect all of them, and ratios are taken within a
+round. On CUDA the time is device time, measured with events; the host's time for the call is recorded as well.
 """
 
 import copy
@@ -17,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from checks import faults
-from counts import counts, launches
+from checks import find_faults
+from counts import count_launches, count_work
 from models import DTYPES, pair, tensors_of
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,16 +28,16 @@ import eman_kernels
 
 MOMENTUM = 0.999
 WARM_UP = 3
-CACHE_BYTES = 256 << 20  # more than any cache that is to be cold
-QUEUE = 1024  # launches that wait on a CUDA stream; the host then waits as well
-CYCLES = 2_000_000  # of a GPU in a millisecond, or somewhat fewer
+CACHE_BYTES = 256 << 20  # larger than any cache that must be cold
+QUEUE = 1024  # launches that a CUDA stream can queue before the host blocks
+CYCLES = 2_000_000  # upper bound of a GPU's clock cycles per millisecond
 LONGEST_SLEEP = 50  # ms
 PACKAGES = ("torch", "torchvision", "timm", "ema-pytorch", "torch-ema", "diffusers", "lightly", "lightning", "apex")
 
 
 @dataclass
 class Row:
-    """One method's figures on one model, or why there are none. Times are milliseconds."""
+    """Results of one method on one model, or the reason why there are none. Times are in milliseconds."""
 
     model: str
     threads: int
@@ -46,9 +46,9 @@ class Row:
     elements: int
     tensors: int
     kind: str = "update"
-    size: int | None = None  # of what grows, where something does
-    note: str = ""  # what is to be known of its times
-    lacks: str = ""  # what the method leaves undone, or does wrong without having claimed it
+    size: int | None = None  # in growth curves: the number that grows
+    note: str = ""  # remark on the times
+    lacks: str = ""  # what the method does not do, or does wrong without claiming it
     why_not: str | None = None
     gigabytes: float | None = None  # moved by one call
     operations: int | None = None
@@ -56,31 +56,31 @@ class Row:
     median_ms: float | None = None
     q1_ms: float | None = None
     q3_ms: float | None = None
-    x_limit: float | None = None  # of the flat lerp's time in the same round
+    x_limit: float | None = None  # multiple of the flat lerp's time in the same round
     x_limit_q1: float | None = None
     x_limit_q3: float | None = None
     host_ms: float | None = None
-    # Of ours alone, where growth.py measures it: the host's work without the kernel, and what a plan costs.
+    # eman_kernels only, measured by growth.py: host overhead without the kernel, and the cost of a plan.
     host_warm_us: float | None = None
     host_cold_us: float | None = None
-    teacher_warm_us: float | None = None  # the same of EMANTeacher.update
+    teacher_warm_us: float | None = None  # the same for EMANTeacher.update
     teacher_cold_us: float | None = None
-    cast_warm_us: float | None = None  # and with a low-precision copy
+    cast_warm_us: float | None = None  # the same with a low-precision copy
     cast_cold_us: float | None = None
     plan_ms: float | None = None
     table_bytes: int | None = None
 
 
-def nothing_cached(device: torch.device) -> Tensor:
-    """What `empty` writes and reads."""
+def make_eviction_buffer(device: torch.device) -> Tensor:
+    """The buffer for `evict_caches`."""
     return torch.zeros(CACHE_BYTES // 4, device=device)
 
 
-def empty(cache: Tensor) -> None:
-    """Leave none of a method's memory in the caches.
+def evict_caches(cache: Tensor) -> None:
+    """Evict all memory of the methods from the caches.
 
-    On a GPU nothing that is still to be written back either: a method would have to evict up to 50 MB of it, which is
-    15 % of ResNet-50's time. On CPUs no difference was found, and reading takes longer than most methods.
+    On a GPU the buffer is also read, so that no dirty lines remain: otherwise a method would have to write back up to
+    50 MB of them, which is 15 % of ResNet-50's time. On CPUs this made no difference, and reading is slow.
     """
     cache.add_(1)
     if cache.is_cuda:
@@ -88,8 +88,8 @@ def empty(cache: Tensor) -> None:
 
 
 def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[float, float]:
-    """Milliseconds of the work and of the host, of one call on a cold cache."""
-    empty(cache)
+    """Milliseconds of device work and of host time for one call with a cold cache."""
+    evict_caches(cache)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -97,10 +97,10 @@ def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[floa
     host = 1e3 * (time.perf_counter() - begin)
     if device.type != "cuda":
         return host, host
-    # Once more for the device, behind a sleep in which the launches queue up: no gap of the host's is then counted as
-    # the device's time.
+    # Call it again to measure the device time, behind a sleep during which the launches queue up: gaps between launches
+    # on the host then do not count as device time.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    empty(cache)
+    evict_caches(cache)
     torch.cuda._sleep(sleep_cycles(host))
     start.record()
     update()
@@ -110,47 +110,47 @@ def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[floa
 
 
 def sleep_cycles(host_ms: float) -> int:
-    """Twice what the host needs for its launches, and some more for its noise."""
+    """Twice the host's time for the launches, plus a margin for noise."""
     return int(CYCLES * min(2 * host_ms + 0.2, LONGEST_SLEEP))
 
 
 def pin_the_heap() -> None:
-    """Hand back what is free now, and let glibc keep what is freed from here on, as a training process's heap does.
+    """Return free memory to the system now, and make glibc keep memory that is freed later, as in a training process.
 
-    In a process that never held more than this one, glibc hands each temporary of a method back to the system and
-    faults it in anew, and the published loop, or diffusers, takes several times as long: that would flatter us.
+    In a small process, glibc returns each temporary of a method to the system and page-faults again for the next one.
+    The published loop and diffusers would then take several times as long, which would make us look too good.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.malloc_trim(0)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the most that glibc allows
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: glibc's maximum
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def graphed(update: Update) -> Update:
-    """The same work as a captured CUDA graph. Raises what the update raises when it is captured."""
+def capture_graph(update: Update) -> Update:
+    """Capture the update in a CUDA graph and return its replay. Raises what the update raises during capture."""
     graph, refusal = torch.cuda.CUDAGraph(), None
-    # torch's context would leave its own stream as the current one if the capture itself failed.
+    # If the capture fails, torch.cuda.graph leaves its own stream as the current one; the outer context restores it.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         try:
             update()
         except Exception as error:
             refusal = error
-            torch.cuda._sleep(1)  # an empty graph is warned of
+            torch.cuda._sleep(1)  # torch warns about an empty graph
     if refusal is not None:
         raise refusal
     return graph.replay
 
 
-def clock(device: torch.device) -> float:
-    """Milliseconds, when all that was launched is done."""
+def synchronized_ms(device: torch.device) -> float:
+    """Current time in milliseconds, after waiting for all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 1e3 * time.perf_counter()
 
 
-def share(samples: list[tuple[float, float]]) -> dict[str, float]:
-    """Of pairs (whole step, update in it), in milliseconds: the figures of a row of tables.step_table."""
+def summarize_shares(samples: list[tuple[float, float]]) -> dict[str, float]:
+    """From pairs (step, update within it) in milliseconds, compute the figures of a row of tables.step_table."""
     figures = {"step_ms": statistics.median(step for step, _ in samples)}
     parts = {"_ms": [update for _, update in samples], "_percent": [100 * update / step for step, update in samples]}
     for name, values in parts.items():
@@ -162,12 +162,14 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(samples, n=4))
 
 
-def take(rows: dict[str, Row], updates: dict[str, Update], device: torch.device, rounds: int, label: str) -> list[Row]:
-    """Time the updates in turn, and write the figures into their rows."""
-    # A collection of garbage then looks at what a method makes, and not at all the libraries imported here.
+def time_in_turn(
+    rows: dict[str, Row], updates: dict[str, Update], device: torch.device, rounds: int, label: str
+) -> list[Row]:
+    """Time the updates in turn, and write the results to their rows."""
+    # Garbage collections then only scan objects that the methods create, not all imported libraries.
     gc.collect()
     gc.freeze()
-    cache = nothing_cached(device)
+    cache = make_eviction_buffer(device)
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in updates}
     for k in tqdm(range(rounds + WARM_UP), desc=f"{label:34}", leave=False, disable=None):
         for method, update in updates.items():
@@ -183,29 +185,32 @@ def take(rows: dict[str, Row], updates: dict[str, Update], device: torch.device,
         if device.type == "cuda":
             row.host_ms = statistics.median(host for _, host in samples)
             if (row.operations or 0) > QUEUE and GRAPH not in method:
-                row.note = f"{row.operations:,} launches, of which {QUEUE:,} queue up: the others at the host's pace"
+                row.note = (
+                    f"{row.operations:,} launches, of which {QUEUE:,} are queued; the host's speed limits the others"
+                )
     return list(rows.values())
 
 
-def said(error: Exception) -> str:
-    """Why there is no figure, in one line."""
+def describe_error(error: Exception) -> str:
+    """The error in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def admit(row: Row, method: Method | str, following: Following, student: nn.Module) -> None:
-    """The gate: count the update and compare its result. A row that then says why_not gets no figure."""
+def apply_gate(row: Row, method: Method | str, following: Following, student: nn.Module) -> None:
+    """Count the update's work and check its result. If it is wrong, why_not is set, and the method is not timed."""
     plan = following.plan()
     if following.dispatched:
-        counted = counts(following.update, plan, next(student.parameters()).device)
+        counted = count_work(following.update, plan, next(student.parameters()).device)
         row.operations, row.gigabytes, row.syncs = counted.operations, counted.gigabytes, counted.syncs
-    found = faults(following, student, MOMENTUM, method.exact)
+    found = find_faults(following, student, MOMENTUM, method.exact)
     row.lacks = ", ".join(found)
     row.why_not = next((found[kind] for kind in method.claims if kind in found), None)
     if row.why_not is None and next(student.parameters()).is_cuda:
-        row.operations = launches(following.update) or row.operations  # none are seen without the right to profile
+        # Without permission to profile, the profiler sees no launches.
+        row.operations = count_launches(following.update) or row.operations
 
 
-@torch.no_grad()  # as every such update is run
+@torch.no_grad()  # as in training
 def measure(
     name: str, dtype: str, device: torch.device, threads: int, rounds: int, methods: dict[str, Method | str]
 ) -> list[Row]:
@@ -223,9 +228,9 @@ def measure(
         try:
             following = method.make(copy.deepcopy(teacher), student, MOMENTUM)
             following.update()
-            admit(row, method, following, student)
-        except Exception as error:  # whatever a library raises, it has no figure, and the table says so
-            row.why_not = said(error)
+            apply_gate(row, method, following, student)
+        except Exception as error:  # any error of a library goes to the table
+            row.why_not = describe_error(error)
         if row.why_not is None:
             updates[label] = following.update
     kinds = (0, 0) if dtype == "mixed" else (0, 1)
@@ -237,19 +242,20 @@ def measure(
         rows[label].operations, rows[label].syncs = 1, 0
         rows[label].gigabytes = times_read * flat[0].nbytes / 1e9
     if device.type == "cuda":
-        # Of what can be captured: a capture that fails leaves torch's generator unusable. Adapters count in Python.
+        # Only methods that can be captured, because a failed capture leaves torch's generator unusable. Adapters count
+        # steps in Python.
         for label in [n for n in updates if n.startswith(("eman_kernels", "foreach")) and " in " not in n]:
             replayed = label + GRAPH
             rows[replayed] = replace(rows[label], method=replayed)
             try:
-                updates[replayed] = graphed(updates[label])
+                updates[replayed] = capture_graph(updates[label])
             except Exception as error:
-                rows[replayed].why_not = said(error)
+                rows[replayed].why_not = describe_error(error)
     label = f"{name}, {dtype}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else f"{name}, {dtype}"
-    return take(rows, updates, device, rounds, label)
+    return time_in_turn(rows, updates, device, rounds, label)
 
 
-# ---------------------------------------------------------------- what belongs into each row
+# ---------------------------------------------------------------- the machine
 
 
 def machine(device: torch.device) -> dict[str, str | float]:
@@ -270,12 +276,12 @@ def machine(device: torch.device) -> dict[str, str | float]:
         described["device"] = torch.cuda.get_device_name(device)
         asked["driver"] = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         properties = torch.cuda.get_device_properties(device)
-        if hasattr(properties, "memory_clock_rate"):  # kHz and bits, two transfers a clock: the datasheet's product
+        if hasattr(properties, "memory_clock_rate"):  # kHz and bits, two transfers per clock
             described["datasheet GB/s"] = 2 * properties.memory_clock_rate * properties.memory_bus_width / 8 / 1e6
     for key, command in asked.items():
         try:
             answer = subprocess.run(command.split(), capture_output=True, text=True, cwd=Path(__file__).parent)
-        except OSError:  # it is not on PATH
+        except OSError:  # not on PATH
             continue
         if answer.returncode == 0 and answer.stdout.strip():
             described[key] = answer.stdout.split()[0]

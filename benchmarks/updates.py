@@ -1,6 +1,6 @@
-"""What is compared, but for the libraries in peers.py: the loops one writes by hand, and ours.
+"""The compared methods, except the libraries in peers.py: handwritten loops, and eman_kernels.
 
-A method makes a `Following` of a teacher, a student and a momentum. It may take the teacher for its own.
+A method creates a `Following` from a teacher, a student and a momentum. It may use the teacher itself as its average.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import eman_kernels
 from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
-from eman_kernels.plan import Plan
+from eman_kernels.plan.plan import Plan
 
 LOOP, LIMIT, COPY = "published EMAN loop", "limit: one flat lerp", "flat copy"
-OURS = "eman_kernels"  # with which the names of all ours begin
-GRAPH = ", in a CUDA graph"  # with which the names of replayed methods end
+OURS = "eman_kernels"  # prefix of the names of all our methods
+GRAPH = ", in a CUDA graph"  # suffix of the names of replayed methods
 KINDS = ("parameters", "float buffers", "counters")
 
 Update = Callable[[], object]
@@ -24,15 +24,15 @@ Update = Callable[[], object]
 
 class Following(NamedTuple):
     update: Update
-    teacher: Mapping[str, Tensor]  # its tensors, by the student's names
-    plan: Callable[[], Plan | None] = lambda: None  # ours only
-    dispatched: bool = True  # whether torch's dispatcher sees its operations, so that they can be counted
+    teacher: Mapping[str, Tensor]  # the teacher's tensors, by the student's names
+    plan: Callable[[], Plan | None] = lambda: None  # eman_kernels only
+    dispatched: bool = True  # whether torch dispatches its operations, so they can be counted
 
 
 class Method(NamedTuple):
     make: Callable[[nn.Module, nn.Module, float], Following]
-    claims: tuple[str, ...] = KINDS  # what it is to get right, or else it gets no figure
-    exact: bool = False  # the bits of torch.lerp
+    claims: tuple[str, ...] = KINDS  # what it must get right to be timed
+    exact: bool = False  # whether it must give the bits of torch.lerp
 
 
 def published_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
@@ -47,8 +47,8 @@ def published_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> F
     return Following(update, tensors_of(teacher))
 
 
-def split(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], ...]:
-    """Averaged and followed, copied and their source."""
+def split_tensors(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], ...]:
+    """Four lists: averaged tensors of the teacher and their students, copied tensors and their sources."""
     mine, theirs = teacher.state_dict(), student.state_dict()
     averaged = [name for name, tensor in mine.items() if tensor.is_floating_point()]
     copied = [name for name, tensor in mine.items() if not tensor.is_floating_point()]
@@ -56,7 +56,7 @@ def split(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], ...]:
 
 
 def lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    averaged, followed, copied, source = split(teacher, student)
+    averaged, followed, copied, source = split_tensors(teacher, student)
 
     def update() -> None:
         for t, s in zip(averaged, followed, strict=True):
@@ -68,7 +68,7 @@ def lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Follow
 
 
 def foreach(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    averaged, followed, copied, source = split(teacher, student)
+    averaged, followed, copied, source = split_tensors(teacher, student)
 
     def update() -> None:
         torch._foreach_lerp_(averaged, followed, 1.0 - momentum)
@@ -79,8 +79,8 @@ def foreach(teacher: nn.Module, student: nn.Module, momentum: float) -> Followin
 
 
 def compiled_lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    averaged, followed, copied, source = split(teacher, student)
-    # Each model's lists compile anew, and torch gives a function up after eight times.
+    averaged, followed, copied, source = split_tensors(teacher, student)
+    # Each model recompiles the function, and torch gives up after eight recompilations.
     torch._dynamo.reset()
 
     @torch.compile
@@ -107,9 +107,9 @@ def ours(backend: str) -> Callable[[nn.Module, nn.Module, float], Following]:
     return make
 
 
-def ours_of_views(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    """Lists whose tensors are other objects in each call, as torch's AveragedModel hands them over."""
-    averaged, followed, copied, source = split(teacher, student)
+def ours_with_new_views(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    """Pass new tensor objects (views) in each call, as torch's AveragedModel does."""
+    averaged, followed, copied, source = split_tensors(teacher, student)
     mine, theirs = averaged + copied, followed + source
 
     def update() -> None:
@@ -119,13 +119,11 @@ def ours_of_views(teacher: nn.Module, student: nn.Module, momentum: float) -> Fo
 
 
 def ours_stochastic(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    keeper = EMANTeacher(teacher, momentum, rounding="stochastic")
-    return Following(
-        lambda: keeper.update(student), tensors_of(keeper.module), lambda: plan_for(keeper.module, student)
-    )
+    mean = EMANTeacher(teacher, momentum, rounding="stochastic")
+    return Following(lambda: mean.update(student), tensors_of(mean.module), lambda: plan_for(mean.module, student))
 
 
-def by_hand() -> dict[str, Method | str]:
+def handwritten_methods() -> dict[str, Method | str]:
     return {
         LOOP: Method(published_loop),
         "lerp loop": Method(lerp_loop, exact=True),
@@ -134,12 +132,12 @@ def by_hand() -> dict[str, Method | str]:
     }
 
 
-def by_us(device: torch.device) -> dict[str, Method | str]:
-    """Name -> method, or why this machine has none."""
+def our_methods(device: torch.device) -> dict[str, Method | str]:
+    """Name -> method, or the reason why it is not available."""
     found: dict[str, Method | str] = {}
     for name, reason in eman_kernels.available_backends().items():
         if name != "reference" and not (name in ("cpu", "cuda") and name != device.type):
             found[f"eman_kernels {name}"] = f"not available: {reason}" if reason else Method(ours(name), exact=True)
-    found["eman_kernels, fresh views"] = Method(ours_of_views, exact=True)
+    found["eman_kernels, fresh views"] = Method(ours_with_new_views, exact=True)
     found["eman_kernels, stochastic"] = Method(ours_stochastic)
     return found

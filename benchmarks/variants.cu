@@ -1,16 +1,16 @@
-// What benchmarks/variants.py compiles for each variant: the plain kernel alone, and its launch.
+// The plain kernel and its launch. benchmarks/variants.py compiles this for each variant.
 #define EMAN_PLAIN_ONLY
 #include "eman_update.cuh"
 
-// Null, or what is wrong, in CUDA's words.
+// Returns null, or CUDA's error message.
 extern "C" const char* launch(const eman::Chunk* chunks, double momentum, int64_t n_chunks, int device,
                               cudaStream_t stream) {
-  eman::Call call{};
-  call.chunks = chunks;
-  call.weights[0] = eman::Weight(momentum);
-  call.n_teachers = 1;
+  eman::Arguments arguments{};
+  arguments.chunks = chunks;
+  arguments.weights[0] = eman::Weight(momentum);
+  arguments.n_teachers = 1;
   if (cudaSetDevice(device) == cudaSuccess) {
-    eman_update<<<static_cast<unsigned>(n_chunks), eman::kThreads, 0, stream>>>(call);
+    eman_update<<<static_cast<unsigned>(n_chunks), eman::kThreads, 0, stream>>>(arguments);
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

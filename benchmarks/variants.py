@@ -1,7 +1,8 @@
-"""What the CUDA kernels would cost if they were built otherwise: tells a developer what to set, and decides nothing.
+"""Measure the CUDA kernels built with other parameters, to help a developer choose them; nothing reads the result.
 
-Builds of the compiled kernel (pairs of vectors in flight, threads), Triton's with 4 and 8 warps, and sizes of a chunk,
-beside torch's foreach, one flat lerp and one flat copy. Each on a clean L2, and only if its bits are torch.lerp's.
+Compares builds of the compiled kernel (vector pairs in flight, threads), Triton with 4 and 8 warps, and chunk sizes
+with torch's foreach, one flat lerp and one flat copy. Each call starts with a clean L2 cache, and variants whose result
+differs from torch.lerp's in any bit are not timed.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from pathlib import Path
 
 import torch
 from models import pair, tensors_of
-from timing import MOMENTUM, machine, nothing_cached, said, time_once
+from timing import MOMENTUM, describe_error, machine, make_eviction_buffer, time_once
 from torch import Tensor
 from torch.utils.cpp_extension import CUDA_HOME
 
-from eman_kernels import plan
 from eman_kernels.backends import extension, triton
-from eman_kernels.pairing import Pair
+from eman_kernels.networks.pairing import Pair
+from eman_kernels.plan.chunks import GPU_CHUNK_BYTES, build_table, elements_per_chunk
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
@@ -33,7 +34,7 @@ BUILDS = [(in_flight, threads) for threads in (128, 256, 512) for in_flight in (
 WARPS = (4, 8)
 CHUNKS = (1024, 2048, 4096, 8192, 16384)  # elements
 NETWORKS = ("wide_resnet28_2", "mobilenet_v3_large", "resnet50", "vit_b_16")
-TINY = 10_000  # tensors, of 64 elements
+TINY = 10_000  # tensors of 64 elements each
 ROUNDS = 15
 
 
@@ -41,11 +42,11 @@ Launch = Callable[[], None]
 
 
 def build(folder: Path, in_flight: int, threads: int, architecture: str) -> Path:
-    """The kernel with these numbers, for one architecture. Raises RuntimeError with what the compiler said."""
+    """Compile the kernel with these parameters for one architecture. Raises RuntimeError with the compiler output."""
     if CUDA_HOME is None:
         raise RuntimeError("no nvcc on PATH, in CUDA_HOME or CUDA_PATH")
     file = folder / f"{in_flight}-{threads}.so"
-    # As CMake compiles the package's own.
+    # The flags with which CMake compiles the package.
     command = [Path(CUDA_HOME) / "bin" / "nvcc", "-O3", "-DNDEBUG", "-std=c++17", "-shared", "-Xcompiler=-fPIC"]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", f"-I{CSRC}"]
     command += [f"-DEMAN_IN_FLIGHT={in_flight}", f"-DEMAN_THREADS={threads}", HERE / "variants.cu", "-o", file]
@@ -55,8 +56,8 @@ def build(folder: Path, in_flight: int, threads: int, architecture: str) -> Path
     return file
 
 
-def builds(architecture: str) -> dict[str, Callable[..., bytes | None]]:
-    """The launch of each variant that could be built; of the others it is printed why not."""
+def build_variants(architecture: str) -> dict[str, Callable[..., bytes | None]]:
+    """Build all variants; return their launch functions by name, and print why others could not be built."""
     launches = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(BUILDS)) as pool:
         files = {b: pool.submit(build, Path(folder), *b, architecture) for b in BUILDS}
@@ -85,21 +86,23 @@ def compiled_launch(launch: Callable[..., bytes | None], table: Tensor) -> Launc
 
 
 def triton_launch(warps: int, table: Tensor) -> Launch:
-    weights = (triton.parts(1.0 - MOMENTUM),)
+    weights = (triton.split_into_floats(1.0 - MOMENTUM),)
     options = triton.NVIDIA_OPTIONS | {"num_warps": warps, "GENERAL": None, "THREADS": 32 * warps}
-    return lambda: triton.kernels().eman_update[(len(table),)](table, None, weights, None, None, None, None, **options)
+    return lambda: triton.load_kernels().eman_update[(len(table),)](
+        table, None, weights, None, None, None, None, **options
+    )
 
 
 def cpu_launch(table: Tensor) -> Launch:
-    call = extension.C.Call(table.data_ptr(), MOMENTUM)
-    return lambda: extension.C.update_cpu(call, len(table), False, 1)
+    arguments = extension.C.Arguments(table.data_ptr(), MOMENTUM)
+    return lambda: extension.C.update_cpu(arguments, len(table), False, 1)
 
 
-def all_of(tensors: list[Tensor]) -> Tensor:
+def flatten_all(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def floating_tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """The floating-point tensors of a network's teacher and student, or many tiny ones."""
     if name == "tiny":
         return tuple([torch.randn(64, device=device) for _ in range(TINY)] for _ in range(2))
@@ -107,40 +110,40 @@ def tensors(name: str, device: torch.device) -> tuple[list[Tensor], list[Tensor]
     return tuple([tensor for tensor in named.values() if tensor.is_floating_point()] for named in both)
 
 
-def rows_of(
+def measure_network(
     name: str, launches: dict[str, Callable[[Tensor], Launch]], device: torch.device, rounds: int
 ) -> list[dict]:
-    """launches: what makes a launch of a table on the device."""
-    teachers, students = tensors(name, device)
+    """Measure one network. `launches` maps a name to a function that makes a launch from a table on the device."""
+    teachers, students = floating_tensors(name, device)
     pairs = [Pair(str(i), t, s, "ema") for i, (t, s) in enumerate(zip(teachers, students, strict=True))]
     elements = sum(tensor.numel() for tensor in teachers)
     before = [tensor.clone() for tensor in teachers]
-    want = all_of([t.lerp(s, 1.0 - MOMENTUM) for t, s in zip(teachers, students, strict=True)])
+    want = flatten_all([t.lerp(s, 1.0 - MOMENTUM) for t, s in zip(teachers, students, strict=True)])
     flat = [torch.randn(elements, device=device) for _ in range(2)]
     runs = {
         ("flat copy", None): lambda: flat[0].copy_(flat[1]),
         ("flat lerp", None): lambda: flat[0].lerp_(flat[1], 1.0 - MOMENTUM),
         ("foreach", None): lambda: torch._foreach_lerp_(teachers, students, 1.0 - MOMENTUM),
     }
-    ruled = plan.chunk_size(pairs[0], None if device.type == "cpu" else plan.GPU_CHUNK_BYTES)
+    chosen = elements_per_chunk(pairs[0], None if device.type == "cpu" else GPU_CHUNK_BYTES)
     for chunk in CHUNKS:
-        table = plan.table(pairs, chunk_bytes=4 * chunk).to(device)
+        table = build_table(pairs, chunk_bytes=4 * chunk).to(device)
         for label, launch in launches.items():
             runs[label, chunk] = launch(table)
-    rows, cache = [], nothing_cached(device)
+    rows, cache = [], make_eviction_buffer(device)
     times: dict[tuple, list[float]] = {}
     for (label, chunk), run in runs.items():
         row = {"kind": "variant", "model": name, "elements": elements, "method": label, "chunk": chunk}
-        row["by the rule"] = chunk == ruled
+        row["by the rule"] = chunk == chosen
         rows.append(row)
         try:
             run()
-            wrong = 0 if label.startswith("flat") else int((all_of(teachers) != want).sum())
+            wrong = 0 if label.startswith("flat") else int((flatten_all(teachers) != want).sum())
             torch._foreach_copy_(teachers, before)
             if wrong:
-                row["why_not"] = f"other bits than torch.lerp's in {wrong:,} elements"
+                row["why_not"] = f"differs from torch.lerp in {wrong:,} elements"
         except Exception as error:
-            row["why_not"] = said(error)
+            row["why_not"] = describe_error(error)
         if "why_not" not in row:
             times[label, chunk] = []
     for k in range(rounds + 2):
@@ -155,8 +158,8 @@ def rows_of(
     return rows
 
 
-def table_of(rows: list[dict]) -> str:
-    """One network's: microseconds by method and chunk; an asterisk at the size that the rule takes."""
+def format_table(rows: list[dict]) -> str:
+    """One network: microseconds by method and chunk size; an asterisk marks the size that the plan chooses."""
     lines = [f"{rows[0]['model']}, {rows[0]['elements']:,} elements, microseconds"]
     by_method: dict[str, dict] = {}
     for row in rows:
@@ -175,13 +178,15 @@ def table_of(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row, after each network")
-    parser.add_argument("--rehearse", action="store_true", help="no GPU: build for an H100, and time the CPU's kernel")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="without a GPU: build for an H100 and time the CPU kernel"
+    )
     arguments = parser.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU here (--rehearse does what can be done without one)")
+        parser.error("torch does not see a CUDA GPU (--rehearse runs the parts that work without one)")
     begin = time.perf_counter()
     architecture = "90" if arguments.rehearse else "{}{}".format(*torch.cuda.get_device_capability())
-    built = builds(architecture)
+    built = build_variants(architecture)
     print(f"{len(built)} builds in {time.perf_counter() - begin:.0f} s", flush=True)
     launches: dict[str, Callable[[Tensor], Launch]] = {}
     if arguments.rehearse:
@@ -197,15 +202,15 @@ def main() -> int:
     for name in networks:
         try:
             with torch.no_grad():
-                found = rows_of(name, launches, device, rounds)
+                found = measure_network(name, launches, device, rounds)
         except Exception as error:
-            print(f"{name}: {said(error)}", flush=True)
+            print(f"{name}: {describe_error(error)}", flush=True)
             continue
-        print(f"\n{table_of(found)}", flush=True)
+        print(f"\n{format_table(found)}", flush=True)
         rows += [described | row for row in found]
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"\n{time.perf_counter() - begin:.0f} s in all")
+    print(f"\n{time.perf_counter() - begin:.0f} s in total")
     return int(not rows)
 
 

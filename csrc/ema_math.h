@@ -1,4 +1,7 @@
-// The arithmetic of one element, for host and device: the only place where it is written in C++.
+// The arithmetic of one element, for host and device. No other C++ file computes averages or rounds.
+//
+// All backends must give the same bits. So nothing here depends on the compiler's choices: a fused multiply-add is
+// written where one is meant, and the build flags forbid any other.
 #pragma once
 
 #include <cmath>
@@ -37,7 +40,7 @@ EMAN_FN float float_of(uint32_t bits) {
   return value;
 }
 
-// widen: exact, into the type that the arithmetic is done in.
+// widen: exact conversion to the type in which the average is computed.
 EMAN_FN double widen(double x) { return x; }
 EMAN_FN float widen(float x) { return x; }
 EMAN_FN float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -45,7 +48,11 @@ EMAN_FN float widen(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Three branch-free cases, so that the loop over elements vectorises without F16C.
+  // A half has a 5-bit exponent with bias 15 and 10 fraction bits, a float 8 bits with bias 127 and 23 fraction bits.
+  // `magnitude` is the half's exponent and fraction, moved to their places in a float. All three results are computed
+  // and one is selected, without branches, so that loops over elements are vectorized even without F16C instructions.
+  // A normal half needs its exponent rebiased by 127 - 15 = 112. A subnormal one is m * 2^-24: put m into the fraction
+  // of a float with value 2^-14 (exponent bits 113) and subtract 2^-14, which is exact and normalizes.
   const uint32_t magnitude = (x.bits & 0x7FFFu) << 13;
   const uint32_t normal = magnitude + (112u << 23);
   const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
@@ -56,14 +63,15 @@ EMAN_FN float widen(Half x) {
 }
 
 #if !defined(__CUDA_ARCH__)
-// The nearest bfloat16 of what is no NaN, or one whose lower half is 0: the rounding would carry others into the sign.
+// Round to the nearest bfloat16, ties to even. Precondition: x is not a NaN, except one whose low 16 bits are 0. (The
+// addition could carry from a NaN's fraction into the sign bit.)
 EMAN_FN BFloat16 nearest_bfloat16(float x) {
   const uint32_t bits = bits_of(x);
   return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
 }
 #endif
 
-// narrow: one rounding to nearest even. A NaN stays a NaN, its payload unspecified.
+// narrow: round to nearest, ties to even. A NaN stays a NaN, with an unspecified payload.
 template <typename T>
 EMAN_FN T narrow(double x);
 template <>
@@ -92,7 +100,11 @@ EMAN_FN Half narrow<Half>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 #else
   const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
-  // Adding 0.5 leaves exactly the bits of a subnormal half in a float's last place, rounded by the adder.
+  // As in widen, three results are computed and one is selected. 113 << 23 is 2^-14, the smallest normal half; from
+  // 143 << 23, 2^16, on a half is infinite. (Numbers that round up to 2^16 become infinite through the carry.)
+  // Subnormal: the last fraction bit of floats in [0.5, 1) is 2^-24, that of subnormal halves. So adding 0.5 rounds to
+  // a subnormal half, and its bits are the difference to the bits of 0.5.
+  // Normal: rebias the exponent, and round off 13 bits like nearest_bfloat16 rounds off 16.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t infinite_or_nan = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
@@ -101,8 +113,11 @@ EMAN_FN Half narrow<Half>(float x) {
 #endif
 }
 
-// narrow_stochastic: up or down so that the mean over `random`, 16 uniform bits, is x itself (but for what is below
-// 2^-16 of an ulp). A NaN stays a NaN.
+// narrow_stochastic: round up or down at random, so that the expected value is x. `random` holds 16 uniform bits.
+//
+// Rounding down drops low bits of x. Let f be their value as a fraction of an ulp of the result. Adding a uniform
+// number r in [0, 1) ulp before dropping them carries into the result with probability f, as required. Because r has 16
+// bits, parts of f below 2^-16 are ignored. A NaN stays a NaN.
 template <typename T>
 EMAN_FN T narrow_stochastic(float x, uint32_t random);
 template <>
@@ -113,8 +128,8 @@ template <>
 EMAN_FN Half narrow_stochastic<Half>(float x, uint32_t random) {
   const uint32_t magnitude = bits_of(x) & 0x7FFFFFFFu;
   const bool is_subnormal = magnitude < (113u << 23);
-  // In units of 2^-40, of which a subnormal half's last place has 2^16. Clamped for a conversion that is always
-  // defined.
+  // The ulp of a subnormal half is 2^-24. In units of 2^-40 that is 2^16, so the 16 bits can be added directly. Larger
+  // numbers are replaced by 0 here, because converting a float that does not fit into the integer is undefined.
   const float small = is_subnormal ? float_of(magnitude) * float_of((127u + 40u) << 23) : 0.0f;
   const uint32_t subnormal = (static_cast<uint32_t>(small) + random) >> 16;
   const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
@@ -123,7 +138,7 @@ EMAN_FN Half narrow_stochastic<Half>(float x, uint32_t random) {
   return {static_cast<uint16_t>(bits | ((bits_of(x) >> 16) & 0x8000u))};
 }
 
-// What is no floating-point number is finite.
+// Values that are not floating-point count as finite.
 template <typename T>
 EMAN_FN bool is_finite(T) {
   return true;
@@ -133,11 +148,16 @@ EMAN_FN bool is_finite(double x) { return x - x == 0.0; }
 EMAN_FN bool is_finite(BFloat16 x) { return (x.bits & 0x7F80u) != 0x7F80u; }
 EMAN_FN bool is_finite(Half x) { return (x.bits & 0x7C00u) != 0x7C00u; }
 
-// Eight draws of 16 bits: for the elements 8 * group ... 8 * group + 7.
+// The random bits for stochastic rounding. Philox is a counter-based generator: its output is a function of a key and a
+// counter, and no state is stored. The key is (seed, step). Elements are numbered through the whole update (see
+// Chunk::extra), and the counter is the group of eight, n / 8, that element n belongs to. One call of Philox gives four
+// 32-bit words, which are eight draws of 16 bits: n % 8 selects word n % 8 / 2, and n % 2 its lower or upper half. So
+// an element gets the same bits on every backend and for any chunk size.
 struct Random {
   uint32_t words[4];
   EMAN_FN uint32_t operator[](uint32_t element) const {
-    // Not by address: an index that is not known when compiling would put the words into memory.
+    // Selected instead of indexed: with an index that is not a compile-time constant, the GPU compiler would keep the
+    // array in local memory instead of registers.
     const uint32_t low = element & 4 ? words[2] : words[0], high = element & 4 ? words[3] : words[1];
     return ((element & 2 ? high : low) >> (element & 1 ? 16 : 0)) & 0xFFFFu;
   }
@@ -173,10 +193,13 @@ struct Philox {
 EMAN_FN float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 EMAN_FN double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
-// teacher + weight * (student - teacher) with one rounding after the difference; from weight 0.5 on the mirrored form,
-// so that weight 1 gives exactly the student. These are the bits of torch.lerp; m * t + (1 - m) * s is not the same:
-// its two rounded coefficients do not add to 1, and a teacher equal to its student would drift away from it.
-// The difference is 0 of infinities that are equal, and at weight 1 of anything: not finite, it would spoil the sum.
+// teacher + weight * (student - teacher), with a single rounding after the difference. From weight 0.5 on the mirrored
+// form, student + (weight - 1) * (student - teacher), so that weight 1 gives exactly the student. These are the bits of
+// torch.lerp.
+// The usual m * t + (1 - m) * s differs: in float32 its two rounded coefficients do not add up to 1, so that a teacher
+// that equals its student would drift away from it.
+// The difference of equal infinities would be NaN, and is set to 0: the teacher keeps its value. At weight 1 the
+// difference is multiplied by 0, which would give NaN if it is not finite, and is set to 0 as well.
 template <typename Real>
 struct Ema {
   Real weight;
@@ -188,7 +211,7 @@ struct Ema {
   }
 };
 
-// The weight, 1 - momentum, as each arithmetic takes it: rounded once, from double.
+// The weight, 1 - momentum, in double and rounded once to float: one for each type in which averages are computed.
 struct Weight {
   double in_double;
   float in_float;
@@ -201,9 +224,14 @@ struct Weight {
   EMAN_FN bool is_one(double) const { return in_double == 1.0; }
 };
 
-// What becomes of one element of a pair. The kernels are templates over these two.
-// rests: at momentum 1 nothing new is to be written, so that even a NaN keeps its bits.
-// heals: where a teacher's element is not finite, the student's stands in for it, and so takes its place.
+// A rule computes the new value of a teacher's element. The kernels are templates over the two rules.
+//
+//   kReadsTeacher       whether the result depends on the teacher's old value
+//   kRounds             whether the teacher is half-precision, so that stochastic rounding applies
+//   kCasts              whether the teacher can have a low-precision copy
+//   is_noop             at momentum 1 nothing is written, so that even a NaN keeps its bits
+//   copies              whether the result is just the student's value: at weight 1, and for copies
+//   replaces_nonfinite  use the student's element in the place of a teacher's that is NaN or infinite
 template <typename T, typename S>
 struct EmaRule {
   using Teacher = T;
@@ -212,12 +240,13 @@ struct EmaRule {
   static constexpr bool kRounds = std::is_same<T, BFloat16>::value || std::is_same<T, Half>::value;
   static constexpr bool kCasts = std::is_same<T, float>::value;
   Weight weight;
-  bool heals = false;
-  EMAN_FN bool rests() const { return weight.is_zero(); }
+  bool replaces_nonfinite = false;
+  EMAN_FN bool is_noop() const { return weight.is_zero(); }
   EMAN_FN bool copies() const { return weight.is_one(widen(T{})); }
   EMAN_FN T operator()(T teacher, S student) const {
 #if !defined(__CUDA_ARCH__)
-    // What comes of bfloat16 alone has no other NaNs, and not to ask for one saves a sixth of the time.
+    // Averages of bfloat16 values fulfill nearest_bfloat16's precondition: their NaNs have low bits of 0. Leaving out
+    // the check for NaNs saves a sixth of the time.
     if constexpr (std::is_same<T, BFloat16>::value && std::is_same<S, BFloat16>::value) {
       return nearest_bfloat16(average(teacher, student));
     }
@@ -232,7 +261,7 @@ struct EmaRule {
   EMAN_FN auto average(T teacher, S student) const {
     const auto t = widen(teacher);
     const auto s = static_cast<decltype(t)>(widen(student));
-    return weight.ema(t)(heals && !is_finite(teacher) ? s : t, s);
+    return weight.ema(t)(replaces_nonfinite && !is_finite(teacher) ? s : t, s);
   }
 };
 
@@ -244,15 +273,15 @@ struct CopyRule {
   static constexpr bool kRounds = false;
   static constexpr bool kCasts = false;
   Weight weight;
-  bool heals = false;
-  EMAN_FN bool rests() const { return false; }
+  bool replaces_nonfinite = false;
+  EMAN_FN bool is_noop() const { return false; }
   EMAN_FN bool copies() const { return true; }
   EMAN_FN U operator()(U, U student) const { return student; }
   EMAN_FN U copied(U student) const { return student; }
   EMAN_FN U stochastic(U, U student, uint32_t) const { return student; }
 };
 
-// Calls visit with the rule of a pair code.
+// Calls visit with the rule of a pair code. visit is a generic lambda: each case compiles it for other types.
 template <typename Visit>
 EMAN_FN void with_rule(uint16_t pair, const Weight& weight, Visit visit) {
   switch (pair) {
@@ -271,7 +300,7 @@ EMAN_FN void with_rule(uint16_t pair, const Weight& weight, Visit visit) {
   }
 }
 
-// Calls visit with an element of the width that a copy's pair code means.
+// Calls visit with an element whose type has the width of a copy's pair code.
 template <typename Visit>
 EMAN_FN void with_width(uint16_t pair, Visit visit) {
   switch (pair) {

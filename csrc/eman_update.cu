@@ -1,4 +1,4 @@
-// The launch of the CUDA kernel.
+// The launches of the CUDA kernels.
 #include <stdexcept>
 #include <string>
 
@@ -10,13 +10,13 @@ namespace {
 
 void check(cudaError_t error, const char* what, int device) {
   if (error == cudaSuccess) return;
-  // The runtime keeps it for whoever asks next, and would blame their launch for it.
+  // Clear the error. The runtime would otherwise report it again, for an unrelated launch.
   cudaGetLastError();
   throw std::runtime_error(std::string("eman_kernels: ") + what + " failed on cuda:" + std::to_string(device) + ": " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The caller's current device comes back however we leave.
+// Sets the current device, and restores the previous one at the end of the scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -36,7 +36,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// One block a piece. The error is this launch's own, and not what another call left behind, as the last error may be.
+// One block per piece. cudaLaunchKernel returns the error of this launch only; cudaGetLastError could also return what
+// an earlier call of someone else left behind.
 template <typename Argument>
 void launch(void (*kernel)(Argument), const char* what, int64_t n_pieces, Argument argument, int device,
             uint64_t stream) {
@@ -50,8 +51,8 @@ void launch(void (*kernel)(Argument), const char* what, int64_t n_pieces, Argume
 
 }  // namespace
 
-void update_cuda(const Call& call, int64_t n_pieces, bool general, int device, uint64_t stream) {
-  launch(general ? eman_update_general : eman_update, "the launch of eman_update", n_pieces, call, device, stream);
+void update_cuda(const Arguments& arguments, int64_t n_pieces, bool general, int device, uint64_t stream) {
+  launch(general ? eman_update_general : eman_update, "the launch of eman_update", n_pieces, arguments, device, stream);
 }
 
 void swap_cuda(const Chunk* chunks, int64_t n_chunks, int device, uint64_t stream) {

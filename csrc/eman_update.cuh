@@ -1,5 +1,5 @@
-// The body of the CUDA kernel. A host compiler takes it too (tests/host_kernel.cpp runs it under sanitizers): what is
-// CUDA's alone is the inline PTX of the accesses below.
+// The bodies of the CUDA kernels. They also compile as host C++ (tests/host_kernel.cpp runs them under sanitizers):
+// only the inline PTX of the memory accesses below is specific to CUDA.
 #pragma once
 
 #include "chunk.h"
@@ -8,7 +8,7 @@
 
 namespace eman {
 
-// benchmarks/variants.cu is the plain kernel alone, with other numbers than these.
+// benchmarks/variants.cu compiles the plain kernel with other values of these.
 #if !defined(EMAN_THREADS)
 #define EMAN_THREADS 256
 #endif
@@ -16,17 +16,20 @@ namespace eman {
 #define EMAN_IN_FLIGHT 1
 #endif
 constexpr int kThreads = EMAN_THREADS;
-// The pairs of vectors that a thread of the plain kernel loads before it stores the first. With one, the 8 blocks of an
-// SM have 64 KB in flight, where 25 KB keep the memory of an H200 busy (4.8 TB/s for 700 ns, over 132 SMs); two take
-// 38 to 43 registers, which leave room for 5 or 6 blocks. Measured there, two and four gain nothing.
+// How many pairs of vectors (teacher and student) a thread of the plain kernel loads before it stores the first result.
+// With one, the 8 blocks on an SM have 64 KB of loads in flight. 25 KB are enough to keep the memory of an H200 busy
+// (4.8 TB/s times a latency of 700 ns, divided by 132 SMs). Two take 38 to 43 registers, with which only 5 or 6 blocks
+// fit on an SM. Measured on an H200, two and four gain nothing.
 constexpr int kInFlight = EMAN_IN_FLIGHT;
 
 struct alignas(16) Words {
   uint32_t x, y, z, w;
 };
 
-// An address out of a table is generic to the compiler (LD.E). These say that it is global (LDG.E), and that what is
-// read only is not written while we run (.nc). Nothing here is read twice, but L1::no_allocate costs 3 to 6 % (H200).
+// The addresses come from a table, so the compiler cannot know that they point to global memory and would emit generic
+// accesses (LD.E in the machine code). The inline PTX says that they are global (LDG.E), and that the student is not
+// written while the kernel runs (.nc, which allows the read-only cache). No byte is read twice, but the hint
+// L1::no_allocate costs 3 to 6 % (H200).
 #if defined(__CUDA_ARCH__)
 #define EMAN_ACCESSES(TYPE, PTX, REGISTER)                                              \
   __device__ __forceinline__ void load_read_only(TYPE& v, uint64_t address) {           \
@@ -43,7 +46,7 @@ EMAN_ACCESSES(uint32_t, "u32", "r")
 EMAN_ACCESSES(uint64_t, "u64", "l")
 #undef EMAN_ACCESSES
 
-// PTX has no 8-bit register.
+// PTX has no 8-bit registers, so bytes are loaded and stored through 16-bit ones.
 __device__ __forceinline__ void load_read_only(uint8_t& v, uint64_t address) {
   uint16_t wide;
   asm("ld.global.nc.u8 %0, [%1];" : "=h"(wide) : "l"(address));
@@ -83,7 +86,7 @@ EMAN_FN void store(uint64_t address, const W& v) {
 }
 #endif
 
-// The word that carries so many bytes in one access.
+// The integer type that one memory access of this many bytes loads or stores.
 template <size_t kBytes>
 struct WordOf;
 // clang-format off
@@ -94,6 +97,7 @@ template <> struct WordOf<8> { using type = uint64_t; };
 template <> struct WordOf<16> { using type = Words; };
 // clang-format on
 
+// kN neighboring elements that are loaded or stored as one word.
 template <typename T, int kN>
 struct Elements {
   T at[kN];
@@ -106,19 +110,25 @@ struct Elements {
   }
 };
 
+// Passes a number to a generic lambda such that it is a compile-time constant there.
 template <int kNumber>
 using Constant = std::integral_constant<int, kNumber>;
 
-// Calls visit(kN, kCount, first) for kCount times kN neighbouring elements that are this thread's, kThreads * kN apart.
-// The wider of a mixed pair takes 16-byte accesses and the narrower 8-byte ones: had both 16, a warp's request for the
-// wider one would touch every 32-byte sector twice.
+// Divides the elements of a chunk among the block's threads. Calls visit(kN, kCount, first) for kCount vectors of kN
+// neighboring elements each: the first vector begins at element `first`, the next ones kThreads * kN elements further
+// on.
+//
+// Neighboring threads get neighboring vectors, so that a warp's accesses are coalesced. If the chunk is aligned
+// (kVector16), most of it is visited in vectors, and the last numel % kVector elements one by one. Otherwise all
+// elements are visited one by one. In a pair of different widths, the wider type gets 16-byte accesses and the narrower
+// 8-byte ones: with 16 bytes for both, a warp's request for the wider type would touch every 32-byte sector twice.
 template <typename T, typename S, int kAtOnce, typename Visit>
 __device__ __forceinline__ void for_elements(const Chunk& chunk, Visit visit) {
   constexpr uint32_t kVector = 16 / (sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
   const uint32_t vectors = chunk.flags & kVector16 ? chunk.numel / kVector : 0;
   uint32_t done = 0;
   if constexpr (kAtOnce > 1) {
-    // All threads of a block or none: a warp waits for itself in there.
+    // All threads of the block run this loop equally often, because visit synchronizes each warp.
     for (; done + kAtOnce * kThreads <= vectors; done += kAtOnce * kThreads) {
       visit(Constant<kVector>(), Constant<kAtOnce>(), (done + threadIdx.x) * kVector);
     }
@@ -131,12 +141,12 @@ __device__ __forceinline__ void for_elements(const Chunk& chunk, Visit visit) {
   }
 }
 
-// One teacher, rounded to nearest: all that most updates are.
+// The plain update: one teacher, rounded to nearest. Most updates are of this kind.
 template <typename Rule>
 __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rule) {
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
-  if (rule.rests()) return;
+  if (rule.is_noop()) return;
   for_elements<T, S, kInFlight>(chunk, [&](auto n, auto count, uint32_t first) {
     constexpr int kN = decltype(n)::value, kCount = decltype(count)::value;
     const uint64_t teacher_address = chunk.teacher + uint64_t{first} * sizeof(T);
@@ -150,7 +160,7 @@ __device__ __forceinline__ void update_chunk(const Chunk& chunk, const Rule& rul
       load_read_only(student_words[k], student_address + k * kThreads * sizeof student);
       if (Rule::kReadsTeacher) load(teacher_words[k], teacher_address + k * kThreads * sizeof teacher);
     }
-    // Without it the assembler puts a store between the loads.
+    // Without this barrier the assembler moves a store between the loads.
     if (kCount > 1) __syncwarp();
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
@@ -171,15 +181,17 @@ __device__ __forceinline__ void store_copy(uint64_t address, const Elements<floa
   store(address, low.word());
 }
 
-// All that an update can be. The student's elements are read once for all teachers, and each teacher's before they are
-// needed: with the student's, or before the teacher's before it is computed. Returns how many were skipped.
+// The general update: several teachers, stochastic rounding, low-precision copies, skipping of NaNs. Returns how many
+// elements were skipped. The student's elements are read once for all teachers. The loads are issued early to hide
+// their latency: the first teacher's together with the student's, and each further teacher's before the previous
+// teacher is computed.
 template <typename Rule>
-__device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule, const Call& call,
+__device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule, const Arguments& arguments,
                                                  const Philox& philox) {
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
   uint32_t skipped = 0;
-  rule.heals = call.skip_nonfinite;
+  rule.replaces_nonfinite = arguments.skip_nonfinite;
   const uint64_t first_student = records[0].student, first_teacher = records[0].teacher;
   for_elements<T, S, 1>(records[0], [&](auto n, auto, uint32_t first) {
     constexpr int kN = decltype(n)::value;
@@ -190,27 +202,28 @@ __device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule
     load_read_only(student_word, first_student + uint64_t{first} * sizeof(S));
     load(teacher_word, first_teacher + offset);
     student.from(student_word);
-    uint32_t kept = 0;  // a bit each
-    if (call.skip_nonfinite) {
+    uint32_t kept = 0;  // bit i: element i of the student is not finite, so the teachers keep theirs
+    if (arguments.skip_nonfinite) {
 #pragma unroll
       for (int i = 0; i < kN; ++i) kept |= is_finite(student.at[i]) ? 0u : 1u << i;
       skipped += __popc(kept);
     }
-    for (int k = 0; k < call.n_teachers; ++k) {
+    for (int k = 0; k < arguments.n_teachers; ++k) {
       const Chunk chunk = records[k];
       Elements<T, kN> was, teacher;
       was.from(teacher_word);
-      if (k + 1 < call.n_teachers) load(teacher_word, records[k + 1].teacher + offset);
-      rule.weight = call.weight(k);
+      if (k + 1 < arguments.n_teachers) load(teacher_word, records[k + 1].teacher + offset);
+      rule.weight = arguments.weight(k);
       if (chunk.flags & kCopied) {
 #pragma unroll
         for (int i = 0; i < kN; ++i) teacher.at[i] = rule.copied(student.at[i]);
-      } else if (rule.rests()) {
+      } else if (rule.is_noop()) {
         teacher = was;
-      } else if (Rule::kRounds && call.stochastic) {
+      } else if (Rule::kRounds && arguments.stochastic) {
         const uint64_t number = chunk.extra + first;
         const Random random = philox(number / 8);
-        // Where it is known to be 0, the words need not be chosen when running.
+        // Vectors of 8 or 4 elements begin at multiples of 8 or 4. This form tells the compiler so, which then selects
+        // the words of `random` at compile time as far as possible.
         const uint32_t from = kN == 8 ? 0 : static_cast<uint32_t>(number) % 8;
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
@@ -253,26 +266,29 @@ __device__ __forceinline__ void swap_chunk(const Chunk& chunk) {
 
 }  // namespace eman
 
-// Each kernel: one block a piece of the student.
-extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_update(const __grid_constant__ eman::Call call) {
+// The kernels. Each block processes one piece of the student.
+extern "C" __global__ void __launch_bounds__(eman::kThreads)
+    eman_update(const __grid_constant__ eman::Arguments arguments) {
   using namespace eman;
-  if (call.is_off()) return;
-  const Chunk chunk = call.chunks[blockIdx.x];
-  with_rule(chunk.pair, call.weight(0), [&](const auto& rule) { update_chunk(chunk, rule); });
+  if (arguments.is_disabled()) return;
+  const Chunk chunk = arguments.chunks[blockIdx.x];
+  with_rule(chunk.pair, arguments.weight(0), [&](const auto& rule) { update_chunk(chunk, rule); });
 }
 
 #if !defined(EMAN_PLAIN_ONLY)
-// 64 registers, so that no architecture spills: 4 blocks then lie on an SM, enough of them to keep memory busy.
+// At least 4 blocks per SM, which allows 64 registers: no architecture spills then, and 4 blocks keep the memory busy.
 extern "C" __global__ void __launch_bounds__(eman::kThreads, 1024 / eman::kThreads)
-    eman_update_general(const __grid_constant__ eman::Call call) {
+    eman_update_general(const __grid_constant__ eman::Arguments arguments) {
   using namespace eman;
-  if (call.is_off()) return;
-  const Chunk* records = call.chunks + int64_t{call.n_teachers} * blockIdx.x;
-  const Philox philox = call.random();
+  if (arguments.is_disabled()) return;
+  const Chunk* records = arguments.chunks + int64_t{arguments.n_teachers} * blockIdx.x;
+  const Philox philox = arguments.random();
   uint32_t skipped = 0;
-  with_rule(records[0].pair, Weight(), [&](const auto& rule) { skipped = update_piece(records, rule, call, philox); });
-  // Rare, so that nothing is gained by adding up a block's first.
-  if (skipped != 0 && call.skipped != nullptr) atomicAdd(call.skipped, static_cast<unsigned long long>(skipped));
+  with_rule(records[0].pair, Weight(),
+            [&](const auto& rule) { skipped = update_piece(records, rule, arguments, philox); });
+  // This is rare, so that summing over the block first would gain nothing.
+  if (skipped != 0 && arguments.skipped != nullptr)
+    atomicAdd(arguments.skipped, static_cast<unsigned long long>(skipped));
 }
 
 extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_swap(const eman::Chunk* chunks) {

@@ -1,4 +1,4 @@
-"""``python -m eman_kernels``: what a bug report needs. Versions, backends with reasons, and a check of each."""
+"""``python -m eman_kernels`` prints what a bug report needs: versions, backends, and a self-check of each backend."""
 
 import platform
 import sys
@@ -12,8 +12,8 @@ from .backends import device_type_of
 from .backends.extension import C, missing
 
 
-def check(backend: str) -> str | None:
-    """Run one update by this backend and by the reference: how they differ, or None."""
+def compare_to_reference(backend: str) -> str | None:
+    """Run one update with this backend and with the reference. Returns how the results differ, or None if equal."""
     device = device_type_of(backend)
     networks = []
     for name in (backend, "reference"):
@@ -23,12 +23,12 @@ def check(backend: str) -> str | None:
         with torch.no_grad():
             eman_update_(teacher, student, 0.99, backend=name)
         networks.append(teacher.state_dict())
-    wrong = [name for name, tensor in networks[0].items() if not torch.equal(tensor, networks[1][name])]
-    return f"but differs from the reference in {', '.join(wrong)}" if wrong else None
+    different = [name for name, tensor in networks[0].items() if not torch.equal(tensor, networks[1][name])]
+    return f"but differs from the reference in {', '.join(different)}" if different else None
 
 
 def main() -> int:
-    """Print the report; 1 if a backend that is available gives other bits than the reference."""
+    """Print the report. Returns 1 if an available backend gives other bits than the reference, else 0."""
     print(f"eman_kernels {__version__} ({Path(__file__).parent})")
     print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda})")
     print(f"{platform.platform()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
@@ -38,10 +38,10 @@ def main() -> int:
     print("backends:")
     faults = 0
     for name, reason in available_backends().items():
-        fault = check(name) if reason is None else None
+        fault = compare_to_reference(name) if reason is None else None
         faults += fault is not None
-        said = f"not available: {reason}" if reason else f"available, {fault}" if fault else "available"
-        print(f"  {name:10} {said}")
+        status = f"not available: {reason}" if reason else f"available, {fault}" if fault else "available"
+        print(f"  {name:10} {status}")
     print(f"self-check: {'failed' if faults else 'passed'}")
     return min(faults, 1)
 

@@ -1,10 +1,12 @@
-"""Momentum as a function of the step: k = 0 for the first update. Each is a callable that can be pickled.
+"""Momentum schedules: momentum as a function of the step k, where k = 0 is the first update.
 
-The step is a number, or a 0-d float64 tensor, wherever it lies: the momentum is then one as well, and nothing waits for
-the device.
+A schedule is a callable that can be pickled. The step is a number, or a 0-d float64 tensor on any device. For a tensor
+the momentum is a number or a 0-d float64 tensor on the same device, computed without a device synchronization.
+Constructors raise ValueError if an argument is out of range.
 
-The teacher's BatchNorm statistics begin at the student's, which begin at (0, 1): in a short run a constant high
-momentum keeps them there for long, and the teacher is useless meanwhile. WarmUp is the cure.
+The teacher's BatchNorm statistics start at the student's, which start at mean 0 and variance 1. In a short run a
+constant high momentum keeps them near those values for a long time, and the teacher is useless until then. Use WarmUp
+to avoid this.
 """
 
 import math
@@ -17,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Constant:
-    """momentum at every step.
+    """The same momentum at every step.
+
+    Args:
+        momentum: a number in [0, 1].
 
     >>> Constant(0.99)(1000)
     0.99
@@ -26,7 +31,7 @@ class Constant:
     momentum: float
 
     def __post_init__(self) -> None:
-        _check(self.momentum)
+        _check_momentum(self.momentum)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
         return self.momentum
@@ -34,9 +39,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine:
-    """BYOL's: from ``momentum`` at step 0 up to 1 at step ``steps`` and after.
+    """The schedule of BYOL: rises from ``momentum`` at step 0 to 1 at step ``steps``, and stays at 1.
 
     ``1 - (1 - momentum)(cos(pi k / steps) + 1) / 2``. Source: Grill et al., "Bootstrap your own latent", 2020.
+
+    Args:
+        momentum: the momentum at step 0, in [0, 1].
+        steps: the number of updates in the whole training, above 0.
 
     >>> byol = Cosine(0.996, steps=100)
     >>> [round(byol(step), 6) for step in (0, 50, 100)]
@@ -47,16 +56,19 @@ class Cosine:
     steps: int
 
     def __post_init__(self) -> None:
-        _check(self.momentum)
+        _check_momentum(self.momentum)
         _check_positive(steps=self.steps)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        return 1 - (1 - self.momentum) * (_cos(math.pi * _at_most(step, self.steps) / self.steps) + 1) / 2
+        return 1 - (1 - self.momentum) * (_cos(math.pi * _clamp_max(step, self.steps) / self.steps) + 1) / 2
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """``min(momentum, (1 + k) / (10 + k))``: 0.1 at first, 0.9 after 80 steps, 0.99 after 890.
+    """``min(momentum, (1 + k) / (10 + k))``: 0.1 at step 0, 0.9 at step 80, 0.99 at step 890.
+
+    Args:
+        momentum: the final momentum, in [0, 1].
 
     >>> [WarmUp(0.99)(step) for step in (0, 80, 10_000)]
     [0.1, 0.9, 0.99]
@@ -65,18 +77,22 @@ class WarmUp:
     momentum: float
 
     def __post_init__(self) -> None:
-        _check(self.momentum)
+        _check_momentum(self.momentum)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        return _at_most((1 + step) / (10 + step), self.momentum)
+        return _clamp_max((1 + step) / (10 + step), self.momentum)
 
 
 @dataclass(frozen=True)
 class HalfLife:
-    """What the student was ``half_life`` steps ago counts half: ``0.5 ** (1 / half_life)``.
+    """A constant momentum given as a half-life: the weight of a student halves every ``half_life`` steps.
 
-    With ``batch_size`` (samples a step, over all processes), half_life is counted in samples, and stays right when the
-    batch size changes.
+    ``0.5 ** (batch_size / half_life)``.
+
+    Args:
+        half_life: in steps; in samples if ``batch_size`` is given. Must be above 0.
+        batch_size: samples per step over all processes, above 0; default 1. A half-life in samples remains valid when
+            the batch size changes.
 
     >>> round(HalfLife(1000)(0) ** 1000, 6)
     0.5
@@ -94,12 +110,18 @@ class HalfLife:
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """An average whose length grows with the training: ``(1 - 1 / (k + 1)) ** (gamma + 1)``.
+    """An average whose length grows in proportion to the training: ``(1 - 1 / (k + 1)) ** (gamma + 1)``.
 
-    The student of step k counts as k ** gamma. ``sigma_rel``, in (0, 0.2886), is their standard deviation
-    over the steps, as a share of the steps so far: 0.05 and 0.10 are usual, and of averages of two lengths
-    (EMANTeachers) any between can be put together after the training. Source: Karras et al., "Analyzing and improving
-    the training dynamics of diffusion models", 2024.
+    The student of step k has a weight proportional to k ** gamma. Averages of two lengths (EMANTeachers) can be
+    combined after the training into an average of any length in between. Source: Karras et al., "Analyzing and
+    improving the training dynamics of diffusion models", 2024.
+
+    Args:
+        sigma_rel: the length of the average, in (0, 0.2886): the standard deviation of the weights over the steps, as
+            a fraction of the steps so far. Usual values are 0.05 and 0.10.
+
+    Attributes:
+        gamma: the exponent that gives this sigma_rel.
 
     >>> schedule = PowerFunction(0.05)
     >>> round(schedule.gamma, 2), round(schedule(1000), 4)
@@ -107,15 +129,16 @@ class PowerFunction:
     """
 
     sigma_rel: float
-    gamma: float = field(init=False, repr=False, compare=False)  # the exponent that has this spread
+    gamma: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_rel < _spread(0.0):
-            raise ValueError(f"sigma_rel must be in (0, {_spread(0.0):.4f}), and is {self.sigma_rel}")
-        low, high = 0.0, 1 / self.sigma_rel  # the spread falls with gamma, and stays below 1 / gamma
+        if not 0 < self.sigma_rel < _relative_deviation(0.0):
+            raise ValueError(f"sigma_rel must be in (0, {_relative_deviation(0.0):.4f}), got {self.sigma_rel}")
+        # Bisection: the deviation decreases with gamma and is below 1 / gamma.
+        low, high = 0.0, 1 / self.sigma_rel
         for _ in range(100):
             middle = (low + high) / 2
-            low, high = (middle, high) if _spread(middle) > self.sigma_rel else (low, middle)
+            low, high = (middle, high) if _relative_deviation(middle) > self.sigma_rel else (low, middle)
         object.__setattr__(self, "gamma", high)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
@@ -126,10 +149,17 @@ class PowerFunction:
 class InverseGamma:
     """The warm-up of timm's ModelEmaV3, diffusers' EMAModel and ema-pytorch.
 
-    ``1 - (1 + s / inv_gamma) ** -power`` within [``min_decay``, ``momentum``], where ``s = k - update_after_step``; and
-    0 up to s = 0, so that the first ``update_after_step + 1`` updates copy the student.
+    With ``s = k - update_after_step``: ``1 - (1 + s / inv_gamma) ** -power``, clamped to [``min_decay``, ``momentum``].
+    While s <= 0 it is 0, so the first ``update_after_step + 1`` updates copy the student.
 
-    With power 2/3 it is 0.999 after 31,600 updates, and 0.9999 after a million. Source: Crowson's notes in timm.
+    With power 2/3 it reaches 0.999 after 31,600 updates and 0.9999 after a million. Source: Crowson's notes in timm.
+
+    Args:
+        momentum: the largest momentum, in [0, 1]; default 0.9999.
+        inv_gamma: the scale of s in steps, above 0; default 1.0.
+        power: above 0; default 2/3.
+        min_decay: the smallest momentum once s > 0, in [0, momentum]; default 0.0.
+        update_after_step: the number of steps before the warm-up; default 0.
 
     >>> schedule = InverseGamma(0.9999)
     >>> [round(schedule(step), 4) for step in (0, 1, 31_600, 10_000_000)]
@@ -143,20 +173,20 @@ class InverseGamma:
     update_after_step: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.momentum)
+        _check_momentum(self.momentum)
         _check_positive(inv_gamma=self.inv_gamma, power=self.power)
         if not 0 <= self.min_decay <= self.momentum:
-            raise ValueError(f"min_decay must be in [0, momentum], and is {self.min_decay}")
+            raise ValueError(f"min_decay must be in [0, momentum], got {self.min_decay}")
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        since = _at_least(step - self.update_after_step, 0)
+        since = _clamp_min(step - self.update_after_step, 0)
         momentum = 1 - (1 + since / self.inv_gamma) ** -self.power
-        return _at_least(_at_most(momentum, self.momentum), self.min_decay) * (since > 0)
+        return _clamp_min(_clamp_max(momentum, self.momentum), self.min_decay) * (since > 0)
 
 
 @dataclass(frozen=True)
 class Average:
-    """The mean of all students so far, each counting alike (SWA): ``1 - 1 / (k + 1)``; the first update copies.
+    """The unweighted mean of all students so far (SWA): ``1 - 1 / (k + 1)``. The first update copies the student.
 
     Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
 
@@ -170,10 +200,14 @@ class Average:
 
 @dataclass(frozen=True)
 class CopyFirst:
-    """0 for the first ``updates`` updates, which copy the student, and then ``momentum``: a number or a schedule.
+    """Momentum 0 for the first ``updates`` updates, which copy the student, and then ``momentum``.
 
-    For a teacher made before what makes the processes' students equal: DDP gives all of them the first one's weights,
-    and a teacher that began at others is a different one in each process for long.
+    Use it for a teacher that is created before DDP. DDP broadcasts the first process's weights to the students of all
+    processes; teachers created from other weights would differ between processes for a long time.
+
+    Args:
+        momentum: a number in [0, 1], or a schedule, which is called with the same step.
+        updates: the number of updates that copy; default 1.
 
     >>> [CopyFirst(0.99)(step) for step in (0, 1)]
     [0.0, 0.99]
@@ -184,7 +218,7 @@ class CopyFirst:
 
     def __post_init__(self) -> None:
         if not callable(self.momentum):
-            _check(self.momentum)
+            _check_momentum(self.momentum)
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
         momentum = self.momentum(step) if callable(self.momentum) else self.momentum
@@ -192,28 +226,29 @@ class CopyFirst:
         return momentum * (1 - copied.double()) if isinstance(copied, Tensor) else momentum * (not copied)
 
 
-def _spread(gamma: float) -> float:
+def _relative_deviation(gamma: float) -> float:
+    """The sigma_rel of weights proportional to k ** gamma."""
     return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
 
 
-def _at_most(number: float | Tensor, most: float) -> float | Tensor:
-    return number.clamp(max=most) if isinstance(number, Tensor) else min(number, most)
+def _clamp_max(number: float | Tensor, maximum: float) -> float | Tensor:
+    return number.clamp(max=maximum) if isinstance(number, Tensor) else min(number, maximum)
 
 
-def _at_least(number: float | Tensor, least: float) -> float | Tensor:
-    return number.clamp(min=least) if isinstance(number, Tensor) else max(number, least)
+def _clamp_min(number: float | Tensor, minimum: float) -> float | Tensor:
+    return number.clamp(min=minimum) if isinstance(number, Tensor) else max(number, minimum)
 
 
 def _cos(angle: float | Tensor) -> float | Tensor:
     return torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)
 
 
-def _check(momentum: float) -> None:
+def _check_momentum(momentum: float) -> None:
     if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be in [0, 1], and is {momentum}")
+        raise ValueError(f"momentum must be in [0, 1], got {momentum}")
 
 
 def _check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not number > 0:
-            raise ValueError(f"{name} must be positive, and is {number}")
+            raise ValueError(f"{name} must be positive, got {number}")

@@ -1,4 +1,4 @@
-"""What the tests share: backends with their devices, tensors with sentinels around them, and bit-exact comparison."""
+"""Shared test helpers: backends with their devices, tensors surrounded by sentinels, and bit-exact comparison."""
 
 import ctypes
 import ctypes.util
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 from eman_kernels import backends
-from eman_kernels.call import Call
-from eman_kernels.interrupts import at_once
-from eman_kernels.pairing import Pair
-from eman_kernels.plan import Plan, Work
+from eman_kernels.backends.interface import Arguments, Work
+from eman_kernels.backends.interrupts import uninterrupted
+from eman_kernels.networks.pairing import Pair
+from eman_kernels.options import Options
+from eman_kernels.plan.plan import Plan
+from eman_kernels.plan.work import build_work
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 EMA_PAIRS = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -36,21 +40,21 @@ COPY_DTYPES = [torch.bool, torch.int8, torch.bfloat16, torch.int32, torch.float3
 MOMENTA = [0.0, 0.1, 0.5, 0.7, 0.996, 0.9999, 1.0]
 CHUNK = 16384
 SIZES = [0, 1, 2, 7, 8, 17, 1009, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
-# Each is a number of every dtype, so that a cast rounds none of them.
+# Exactly representable in every dtype, so casts do not round them.
 NUMBERS = [torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, -2.5, 2.0**15, -(2.0**15)]
 SENTINEL = 0x5A
-# Triton reads the variable when it is imported: test_triton.py starts a process in which all of it is interpreted.
+# Triton reads the variable at import, so test_triton.py starts a separate process in which every kernel is interpreted.
 INTERPRETED = [
     pytest.param(
         ("triton", "cpu"),
         id="triton-interpreted",
-        marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy does the work, and remarks on infinities
+        marks=pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy computes, and warns
     )
 ] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def _interpret_an_fma_as_one() -> None:
-    """Triton's interpreter before 3.9 rounds an fma's product: give it the C library's."""
+def _give_the_interpreter_an_exact_fma() -> None:
+    """Triton's interpreter rounds the product of an fma before version 3.9: use the C library's fma instead."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
@@ -65,8 +69,8 @@ def _interpret_an_fma_as_one() -> None:
     InterpreterBuilder.create_fma = create_fma
 
 
-if INTERPRETED and backends.triton.missing() is None:
-    _interpret_an_fma_as_one()
+if INTERPRETED and backends.triton.explain_missing() is None:
+    _give_the_interpreter_an_exact_fma()
 
 
 @pytest.fixture(
@@ -80,9 +84,9 @@ if INTERPRETED and backends.triton.missing() is None:
     ]
 )
 def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
-    """Every backend but the reference, that they are compared with."""
+    """Every backend except the reference, against which the others are compared."""
     backend, device = request.param
-    if reason := backends._BACKENDS[backend].unavailable(device):
+    if reason := backends.BACKENDS[backend].unavailable(device):
         pytest.skip(f"backend {backend}: {reason}")
     return backend, torch.device(device, 0) if device == "cuda" else torch.device(device)
 
@@ -92,17 +96,68 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU; torch sees none")
 
 
+# The slowest files, which run first: pytest-xdist gives whole files to its workers, and a long one should not be last.
+LONGEST = [
+    "test_benchmark.py",
+    "test_triton.py",
+    "test_build.py",
+    "test_methods.py",
+    "test_compile.py",
+    "test_distributed.py",
+    "test_host_kernel.py",
+    "test_types.py",
+    "test_faults.py",
+    "test_elsewhere.py",
+    "test_backends.py",
+    "test_transformers.py",
+    "test_timm.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+# Number of slow tests that -m left out. With pytest-xdist each worker counts all of them, and the controller prints it.
+_deselected_slow = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: Iterable[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            stash = item.config.stash
+            stash[_deselected_slow] = stash.get(_deselected_slow, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected_slow"] = session.config.stash.get(_deselected_slow, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if output := getattr(node, "workeroutput", None):  # a crashed worker has none
+        node.config.stash[_deselected_slow] = output.get("deselected_slow", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    number = config.stash.get(_deselected_slow, 0)
+    if number and "slow" in config.option.markexpr:  # not for -k alone
+        terminalreporter.write_line(f"{number} slow tests were left out; `make test-all` runs them too")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 
 
 @contextmanager
-def no_waiting() -> Iterator[None]:
-    """What waits for the device raises within; and no longer, however it is left."""
+def forbid_synchronization() -> Iterator[None]:
+    """Make device synchronizations raise within the context; the previous mode is restored on any exit."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")  # said once
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")  # shown only once
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
@@ -111,10 +166,10 @@ def no_waiting() -> Iterator[None]:
 
 @contextmanager
 def refused_in_a_capture(match: str) -> Iterator[None]:
-    """What is done within raises a RuntimeError while a graph is captured, and the capture ends like any other.
+    """Expect a RuntimeError from the body during a CUDA graph capture, and end the capture normally.
 
-    Left by the exception before anything was captured, torch's context would warn of an empty graph in its stead and
-    keep the capture's stream as the current one.
+    If the exception left torch's context before anything was captured, torch would warn about an empty graph and
+    leave the capture stream as the current stream.
     """
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.cuda._sleep(1)
@@ -123,49 +178,51 @@ def refused_in_a_capture(match: str) -> Iterator[None]:
 
 
 def profiled(*activities: torch.profiler.ProfilerActivity, **options: bool) -> torch.profiler.profile:
-    """torch's profiler; without acc_events some versions warn that it forgets."""
+    """torch's profiler. Without acc_events some torch versions warn that events are discarded."""
     return torch.profiler.profile(activities=activities, acc_events=True, **options)
 
 
 def tensors_of(pairs: list[Pair]) -> list[Tensor]:
-    """All that a plan of these pairs runs on."""
+    """All tensors that a plan of these pairs uses."""
     return [tensor for p in pairs for tensor in (p.teacher, p.student, p.cast) if tensor is not None]
 
 
-def planned(pairs: list[Pair], backend: str | None = None, **options: bool) -> tuple[Plan, list[Tensor]]:
+def planned(pairs: list[Pair], backend: str | None = None, **options: str) -> tuple[Plan, list[Tensor]]:
     """A plan, and the tensors that it runs on."""
     tensors = tensors_of(pairs)
-    return Plan(pairs, tensors, backend, **options), tensors
+    return Plan(pairs, tensors, Options(backend=backend, **options)), tensors
 
 
-def update(backend: str, pairs: list[Pair], call: Call, **options: bool) -> Plan:
-    """Run all of the pairs by this backend, none by the reference in its stead."""
+def update(backend: str, pairs: list[Pair], arguments: Arguments, **options: str) -> Plan:
+    """Update all pairs with this backend, without falling back to the reference."""
     made, tensors = planned(pairs, backend, **options)
     assert not made.ineligible
-    for work in made.works:
-        work.backend.run(work, call, tensors)
+    for chosen, work in made.works:
+        chosen.run(work, arguments, tensors)
     return made
 
 
-def work_of(pairs: list[Pair], backend: ModuleType, device: torch.device, *options: object, **more: object) -> Work:
-    """What one backend does for these pairs, eligible or not."""
-    return Work(device, backend, pairs, {id(t): i for i, t in enumerate(tensors_of(pairs))}, *options, **more)
+def work_of(pairs: list[Pair], backend: ModuleType, device: torch.device, n_teachers: int = 1, **options: str) -> Work:
+    """The work of one backend for these pairs, eligible or not."""
+    index_of = {id(t): i for i, t in enumerate(tensors_of(pairs))}
+    return build_work(device, backend, pairs, index_of, n_teachers, Options(**options))
 
 
 def exchange(pieces: Iterable[tuple[Callable[[], object], ...]]) -> None:
-    """Do what a backend's swaps give."""
+    """Run the calls that a backend's `swaps` returns."""
     for calls in pieces:
-        at_once(*calls)
+        uninterrupted(*calls)
 
 
 def examples(text: str) -> list[str]:
-    """The fenced Python of a page or a docstring."""
+    """The fenced Python blocks of a page or a docstring."""
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 def adapters_example(library: str) -> str:
-    """The README's example for this library."""
-    (example,) = [block for block in examples(README) if f"eman_kernels.integrations.{library} import" in block]
+    """The example for this library in docs/adapters.md."""
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (example,) = [block for block in examples(page) if f"eman_kernels.integrations.{library} import" in block]
     return example
 
 
@@ -187,7 +244,7 @@ class Guarded:
 
 
 def values(numel: int, dtype: torch.dtype) -> Tensor:
-    """Random values over the dtype's range of magnitudes, with special ones among them."""
+    """Random values across the dtype's range of magnitudes, including special values."""
     if dtype == torch.bool:
         return torch.rand(numel) < 0.5
     if not dtype.is_floating_point:
@@ -202,14 +259,14 @@ def values(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def every_number(teacher_dtype: torch.dtype, student_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Every number against every other one, often enough for a loop over vectors and an end of single elements; and
+    """Every number paired with every other, repeated to fill both vector loops and their scalar tails; also
     the largest finite numbers, whose difference overflows."""
     largest = torch.finfo(teacher_dtype).max
     teacher = torch.tensor([*NUMBERS, largest, -largest], dtype=torch.float64).to(teacher_dtype)
     student = torch.tensor(NUMBERS, dtype=torch.float64).to(student_dtype)
     pairs = torch.cartesian_prod(torch.arange(len(teacher)), torch.arange(len(student)))
     teacher, student = teacher[pairs[:, 0]], student[pairs[:, 1]]
-    # Of one's own dtype, so that student and teacher can be the largest at once.
+    # With equal dtypes, student and teacher can both hold the largest number.
     if teacher_dtype == student_dtype:
         ends = torch.tensor([largest, -largest, -largest, largest], dtype=teacher_dtype)
         teacher, student = torch.cat([teacher, ends]), torch.cat([student, ends.roll(1)])
@@ -217,8 +274,8 @@ def every_number(teacher_dtype: torch.dtype, student_dtype: torch.dtype) -> tupl
 
 
 def lerp(teacher: Tensor, student: Tensor, momentum: float) -> Tensor:
-    """torch's own, on the CPU, in the precision and with the rounding that the update promises; but at momentum 0 and 1
-    and where both are equal no arithmetic at all, which would make NaNs of what is not finite."""
+    """torch.lerp on the CPU, in the precision and with the rounding that the update guarantees. At momentum 0 and 1
+    and where both are equal there is no arithmetic, because it would turn non-finite values into NaNs."""
     teacher, student = teacher.cpu(), student.cpu()
     if momentum in (0, 1):
         return teacher.clone() if momentum else student.to(teacher.dtype, copy=True)
@@ -233,7 +290,7 @@ TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def skip_unless_selectable(dtype: torch.dtype) -> None:
-    """The reference needs torch.where, and tests need an index: torch 2.6 and 2.7 lack one or both for float8."""
+    """The reference needs torch.where and the tests need indexing; torch 2.6 and 2.7 lack one or both for float8."""
     one, true = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=torch.bool)
     try:
         torch.where(true, one, one)[true]
@@ -246,16 +303,16 @@ def is_interpreted(backend: str, device: torch.device) -> bool:
 
 
 def comparison(backend: str, device: torch.device, *dtypes: torch.dtype) -> Callable[..., None]:
-    """How to compare what this backend made of tensors of these dtypes."""
+    """The comparison to use for results of this backend in these dtypes."""
     inexact = is_interpreted(backend, device) and torch.bfloat16 in dtypes
-    return assert_same_but_for_the_interpreter if inexact else assert_same_bits
+    return assert_close_when_interpreted if inexact else assert_same_bits
 
 
-def assert_same_but_for_the_interpreter(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Triton's interpreter truncates float32 to bfloat16 and loses its subnormals: within 1 ulp, or both tiny."""
+def assert_close_when_interpreted(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal within 1 ulp, or both tiny: Triton's interpreter truncates float32 to bfloat16 and flushes subnormals."""
     actual, expected = actual.cpu(), expected.cpu()
     as_integer = {2: torch.int16, 4: torch.int32}[expected.element_size()]
-    # Neighbouring floats of one sign are neighbouring integers; infinity follows the largest.
+    # Neighboring floats of the same sign are neighboring integers; infinity follows the largest float.
     bits = [tensor.view(as_integer).long() for tensor in (actual, expected)]
     near = ((bits[0] - bits[1]).abs() <= 1) | (actual.isnan() & expected.isnan())
     tiny = 2 * torch.finfo(torch.bfloat16).smallest_normal
@@ -264,7 +321,7 @@ def assert_same_but_for_the_interpreter(actual: Tensor, expected: Tensor, what: 
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Equal values. A NaN equals any NaN, and 0 equals -0: torch.lerp's vector and scalar code differ in that."""
+    """Equal values. All NaNs are equal, and 0 equals -0: torch.lerp's vector and scalar code differ in these."""
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
     assert actual.dtype == expected.dtype
     same = actual == expected

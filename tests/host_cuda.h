@@ -1,4 +1,4 @@
-// What CUDA would define, so that a host compiler takes the kernels' source.
+// Replaces what CUDA defines, so that a host compiler can compile the kernels.
 #pragma once
 
 #define __global__

@@ -1,5 +1,6 @@
-// Runs the source of both kernels on the host, under sanitizers: one malloc a tensor, so that an access outside of one
-// is seen. tests/test_host_kernel.py writes the cases to standard input and compares what comes back.
+// Runs the sources of the CUDA and CPU kernels on the host, under sanitizers. Each tensor has its own malloc, so that
+// an access outside of it is detected. tests/test_host_kernel.py writes the cases to standard input and compares the
+// output.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -7,7 +8,7 @@
 #include <vector>
 
 #include "host_cuda.h"
-// The kernels come after what CUDA would define.
+// Included after host_cuda.h, which replaces CUDA's definitions.
 #include "eman_update.cuh"
 #include "eman_update.h"
 
@@ -28,7 +29,7 @@ void read(T* to, size_t count) {
   }
 }
 
-// A tensor whose last byte is its allocation's last. The bytes before it, which offset it, are checked at the end.
+// A tensor that ends where its allocation ends. The bytes before it, which give it an offset, are checked at the end.
 struct Tensor {
   uint32_t offset, bytes;
   uint8_t* memory;
@@ -51,9 +52,13 @@ struct Tensor {
 
 }  // namespace
 
-// argv[1]: cuda or cpu, the plain kernels; cuda-double or cuda-float, with the momentum read from memory; cuda-general
-// or cpu-general, with two teachers that start alike, stochastic rounding, NaNs skipped, and a bfloat16 copy of what is
-// float; cuda-swap or cpu-swap.
+// argv[1]:
+//   cuda, cpu                  the plain kernels
+//   cuda-double, cuda-float    the same, with the momentum read from memory
+//   cuda-general, cpu-general  two teachers with equal values, stochastic rounding, NaNs skipped, and bfloat16 copies
+//   of
+//                              float teachers
+//   cuda-swap, cpu-swap        the exchange
 int main(int, char** argv) {
   const std::string kernel = argv[1];
   const auto is = [&](const char* what) { return kernel.find(what) != std::string::npos; };
@@ -67,7 +72,7 @@ int main(int, char** argv) {
   read(cases.data(), count);
 
   std::vector<Tensor> students;
-  std::vector<Tensor> teachers;  // each case's, and then each one's copy, or one of no bytes
+  std::vector<Tensor> teachers;  // of each case: a teacher, then its low-precision copy, which may have no bytes
   std::vector<eman::Chunk> table;
   for (const Case& c : cases) {
     Tensor original(c.teacher_offset, c.numel * c.teacher_bytes);
@@ -100,18 +105,18 @@ int main(int, char** argv) {
   unsigned long long skipped = 0;
   const int64_t step = 2;
   const float in_float = static_cast<float>(momenta[0]);
-  eman::Call call{};
-  call.chunks = table.data();
-  call.n_teachers = n_teachers;
-  for (int k = 0; k < n_teachers; ++k) call.weights[k] = eman::Weight(momenta[k]);
-  call.stochastic = call.skip_nonfinite = true;
-  call.philox = {1, is("cuda") ? 0u : 2u};
-  call.skipped = &skipped;
-  if (is("cuda")) call.step = &step;
+  eman::Arguments arguments{};
+  arguments.chunks = table.data();
+  arguments.n_teachers = n_teachers;
+  for (int k = 0; k < n_teachers; ++k) arguments.weights[k] = eman::Weight(momenta[k]);
+  arguments.stochastic = arguments.skip_nonfinite = true;
+  arguments.philox = {1, is("cuda") ? 0u : 2u};
+  arguments.skipped = &skipped;
+  if (is("cuda")) arguments.step = &step;
   if (is("double") || is("float")) {
-    call.weights[0] = eman::Weight(0.25);
-    call.momenta_are_double = is("double");
-    call.momenta = is("double") ? static_cast<const void*>(momenta) : &in_float;
+    arguments.weights[0] = eman::Weight(0.25);
+    arguments.momenta_are_double = is("double");
+    arguments.momenta = is("double") ? static_cast<const void*>(momenta) : &in_float;
   }
   const auto n_pieces = static_cast<int64_t>(table.size()) / n_teachers;
 
@@ -119,7 +124,7 @@ int main(int, char** argv) {
     if (swap) {
       eman::swap_cpu(table.data(), n_pieces, 2);
     } else {
-      eman::update_cpu(call, n_pieces, general, 2);
+      eman::update_cpu(arguments, n_pieces, general, 2);
     }
   } else {
     for (blockIdx.x = 0; blockIdx.x < n_pieces; ++blockIdx.x) {
@@ -127,9 +132,9 @@ int main(int, char** argv) {
         if (swap) {
           eman_swap(table.data());
         } else if (general) {
-          eman_update_general(call);
+          eman_update_general(arguments);
         } else {
-          eman_update(call);
+          eman_update(arguments);
         }
       }
     }

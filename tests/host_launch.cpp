@@ -1,5 +1,5 @@
-// The launches of csrc/eman_update.cu with a stand-in for the CUDA runtime that keeps its last error as the real one
-// does. Prints what each attempt gave; tests/test_host_kernel.py compares it.
+// The launches of csrc/eman_update.cu, with a fake of the CUDA runtime that keeps its last error like the real one.
+// Prints the result of each attempt; tests/test_host_kernel.py compares it.
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -59,14 +59,14 @@ static void attempt(const char* what, Attempt run) {
 }
 
 int main() {
-  eman::Call call{};
-  attempt("no such device", [&] { eman::update_cuda(call, 3, false, 99, 0); });
-  attempt("after it", [&] { eman::update_cuda(call, 3, false, 0, 0); });
+  eman::Arguments arguments{};
+  attempt("no such device", [&] { eman::update_cuda(arguments, 3, false, 99, 0); });
+  attempt("after it", [&] { eman::update_cuda(arguments, 3, false, 0, 0); });
   next_launch = cudaErrorNoKernelImageForDevice;
   attempt("no image", [&] { eman::swap_cuda(nullptr, 3, 1, 0); });
   attempt("no image at all", [&] { eman::check_cuda(1); });
   next_launch = cudaSuccess;
-  last = cudaErrorInvalidDevice;  // another's
-  attempt("another's error", [&] { eman::update_cuda(call, 4, true, 1, 0); });
-  attempt("nothing to do", [&] { eman::update_cuda(call, 0, false, 99, 0); });
+  last = cudaErrorInvalidDevice;  // of an unrelated call
+  attempt("another's error", [&] { eman::update_cuda(arguments, 4, true, 1, 0); });
+  attempt("nothing to do", [&] { eman::update_cuda(arguments, 0, false, 99, 0); });
 }

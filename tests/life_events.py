@@ -1,4 +1,4 @@
-"""What test_life.py makes networks of, and what can happen to one of them. pick: a number that says to what of it."""
+"""Building blocks of the networks in test_life.py, and events that change a network. pick selects what is changed."""
 
 from itertools import chain
 
@@ -15,7 +15,7 @@ def named(net):
 
 
 def is_expanded(tensor):
-    """Whether it has one place for several elements."""
+    """Whether several elements share one memory location."""
     return any(stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
@@ -34,7 +34,7 @@ def randomise(tensors):
 
 
 class Net(nn.Module):
-    """Its forward gives what it reads."""
+    """Its forward returns the values that it reads."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
         return {name: tensor.clone() for name, tensor in named(self).items()}
 
     def has_odd(self):
-        """What DistributedDataParallel does not take."""
+        """Whether it has tensors that DistributedDataParallel rejects."""
         return any(p.is_complex() or p.numel() == 0 for p in self.parameters())
 
 
@@ -106,7 +106,7 @@ def transposed(net, name):
 
 
 def views(net, name):
-    """Two in one memory, side by side."""
+    """Two adjacent views of one tensor."""
     layer, both = nn.Module(), torch.randn(2, 4, 4)
     layer.one, layer.other = nn.Parameter(both[0]), nn.Parameter(both[1])
     net.add_module(name, layer)
@@ -133,12 +133,12 @@ def a_parameter(net, pick, fits=lambda tensor: True):
 
 
 def a_layer(net, pick):
-    """(the module that holds it, its name, itself)."""
+    """(parent module, name, layer)."""
     return picked([(m, n, c) for m in net.modules() for n, c in m._modules.items() if isinstance(c, nn.Linear)], pick)
 
 
 def has_weights(*layers):
-    """None of them is parametrized."""
+    """Whether all layers have plain, unparametrized weights."""
     return all("weight" in layer._parameters for layer in layers)
 
 
@@ -160,7 +160,7 @@ def new_data(net, pick):
     parameter.data = parameter.data + 1
 
 
-def the_same_data_anew(net, pick):
+def the_same_data_again(net, pick):
     parameter = a_parameter(net, pick)
     parameter.data = parameter.data
 
@@ -170,7 +170,7 @@ def other_shape(net, pick):
         net.base.bias.data = torch.randn(pick % 5 + 1, dtype=net.base.bias.dtype)
 
 
-def less_at_the_address(net, pick):
+def smaller_at_the_address(net, pick):
     if net.base.bias is not None:
         net.base.bias.data = net.base.bias.data[: max(1, len(net.base.bias) - 1)]
 
@@ -210,7 +210,7 @@ def misaligned(net, pick):
 
 
 def negative(net, pick):
-    """Lazily negated."""
+    """A lazily negated view."""
     bag = [(m, n, b) for m in net.modules() for n, b in m._buffers.items() if b is not None and b.is_complex()]
     if bag:
         module, name, buffer = picked(bag, pick)
@@ -233,7 +233,7 @@ def another_layer(net, pick):
     net.add_module(f"more{pick % 3}", nn.Linear(4, pick % 3 + 1))
 
 
-def one_layer_less(net, pick):
+def remove_a_layer(net, pick):
     net._modules.pop(f"more{pick % 3}", None)
 
 
@@ -272,7 +272,7 @@ def other_dtype_of_a_buffer(net, pick):
 
 
 def exchange_two(net, pick):
-    """Two parameters under one another's names."""
+    """Exchange two parameters under their names."""
     other = a_layer(net, pick)[2]
     if has_weights(net.base, other):
         net.base.weight, other.weight = other.weight, net.base.weight
@@ -282,7 +282,7 @@ def swap_tensors(net, pick):
     parameter = a_parameter(net, pick)
     try:
         torch.utils.swap_tensors(parameter, nn.Parameter(torch.ones_like(parameter)))
-    except RuntimeError as error:  # another holds it: DDP's reducer, for one
+    except RuntimeError as error:  # something else refers to it, such as DDP's reducer
         assert "swap" in str(error) or "use_count" in str(error), error  # noqa: PT017
 
 
@@ -291,7 +291,7 @@ def requires_grad(net, pick):
 
 
 def parametrize(net, pick):
-    """For good: torch shares the class of a parametrized layer with its copies, and removing spoils it for them."""
+    """Never undone: torch shares a parametrized layer's class with its copies, and removal would break those."""
     _, _, layer = a_layer(net, pick)
     if has_weights(layer):
         how = nn.utils.parametrizations.weight_norm if pick % 3 else nn.utils.parametrizations.spectral_norm
@@ -319,11 +319,11 @@ def another_class(net, pick):
     net.__class__ = type(net.__class__.__name__, (Net,), {"__module__": __name__}) if pick % 9 == 0 else Net
 
 
-STRUCTURAL = [other_shape, less_at_the_address, delete_and_make_a_layer, another_layer, one_layer_less, no_bias,
+STRUCTURAL = [other_shape, smaller_at_the_address, delete_and_make_a_layer, another_layer, remove_a_layer, no_bias,
               parametrize, tie, untie, exchange_two, transpose]  # fmt: skip
-EVENTS = [another_dtype, another_dtype_of_one, to_channels_last, new_data, the_same_data_anew,
+EVENTS = [another_dtype, another_dtype_of_one, to_channels_last, new_data, the_same_data_again,
           other_dtype_at_the_address, set_storage, expand, strided, misaligned, negative, replace_layer, load,
           replace_dict_of_parameters, replace_dict_of_modules, replace_buffer, other_dtype_of_a_buffer, swap_tensors,
           requires_grad, not_finite, *STRUCTURAL]  # fmt: skip
-# These write to the memory that was there.
+# These write to the existing memory.
 WRITING = [not_finite, other_dtype_at_the_address]

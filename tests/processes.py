@@ -1,4 +1,4 @@
-"""Processes that torch.distributed connects, for the length of a test module: `World(...).run(work, ...)`."""
+"""Processes connected by torch.distributed, kept for a test module: `World(...).run(work, ...)`."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 TIMEOUT = 60  # seconds
-# What takes seconds to import, once for all processes. None of it starts a thread or looks at a device.
+# Slow imports, done once for all processes. None of them starts a thread or queries a device.
 _PRELOADED = [
     "pytest",
     "torch.distributed.checkpoint.state_dict",
@@ -24,7 +24,7 @@ _PRELOADED = [
 
 
 def why_none(backend: str, size: int) -> str | None:
-    """Why there can be no such processes."""
+    """Why such processes cannot be started, or None."""
     if not dist.is_available() or not getattr(dist, f"is_{backend}_available")():
         return f"torch was built without {backend}"
     if backend == "nccl" and torch.cuda.device_count() < size:
@@ -39,7 +39,7 @@ def why_none(backend: str, size: int) -> str | None:
 
 
 class World:
-    """`size` processes of one group. Each runs the same work, and says what it returned or raised."""
+    """`size` processes of one group. Each runs the same work and reports what it returned or raised."""
 
     def __init__(self, backend: str, size: int, folder: Path) -> None:
         self.device, self.size = {"gloo": "cpu", "nccl": "cuda"}[backend], size
@@ -54,17 +54,17 @@ class World:
         for process in self._processes:
             process.start()
         for _, there in pipes:
-            there.close()  # so that a process that has gone is seen as the end of its pipe
+            there.close()  # so that the end of a process closes its pipe
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `work(*args)` returns in each process. Fails if it raises in one, or one does not answer in time."""
+        """What `work(*args)` returns in each process. Fails if one raises or does not answer in time."""
         answers = self.answers(work, *args)
         if failed := [f"process {rank}: {answer}" for rank, (fine, answer) in enumerate(answers) if not fine]:
             raise AssertionError("\n".join(failed))
         return [answer for _, answer in answers]
 
     def answers(self, work: Callable[..., Any], *args: Any) -> list[tuple[bool, Any]]:
-        """Whether `work(*args)` came to its end in each process, and what it returned or raised there."""
+        """For each process, whether `work(*args)` succeeded, and what it returned or raised."""
         for connection in self._connections:
             connection.send((work, args))
         answers = []
@@ -80,7 +80,7 @@ class World:
 
     def stop(self) -> None:
         for connection in self._connections:
-            connection.close()  # the end of its work, to a process that waits for more
+            connection.close()  # tells a waiting process to exit
         for process in self._processes:
             process.join(5)
             process.kill()

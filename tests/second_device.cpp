@@ -1,5 +1,5 @@
-// A second device of torch for machines without one: tensors in host memory of its own, and streams that do nothing
-// before somebody waits for them. What forgets to wait reads old values, or new ones too early.
+// A second torch device for machines without one: tensors in separate host memory, and streams that run their work
+// only when something waits for them. Code that forgets to wait reads old values, or new ones too early.
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -26,7 +26,7 @@ struct Queue {
 };
 
 std::recursive_mutex mutex;
-auto& queues = *new std::vector<Queue>(1);  // never destroyed: tensors outlive this library's own variables
+auto& queues = *new std::vector<Queue>(1);  // never destroyed: tensors outlive this library's static variables
 c10::StreamId current = 0;
 int64_t copies = 0, pageable = 0;
 auto& pinned = *new std::set<void*>;
@@ -136,7 +136,7 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool non_bloc
   copies += to_host;
   pageable += to_host && !pinned.count(to.storage().mutable_data());
   queues[current].tasks.push_back([from = on_host(self), to = on_host(to)] { to.copy_(from); });
-  // From the host: the caller may write there again.
+  // The source is host memory: copy now, because the caller may overwrite it.
   if (self.is_cpu() || (to_host && !non_blocking)) finish(current);
   return to;
 }

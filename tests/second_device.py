@@ -1,4 +1,4 @@
-"""A second device of torch, in a process of its own: `torch.second`, of which second_device.cpp is the rest."""
+"""A second torch device, `torch.second`, for a separate process. Its kernels are in second_device.cpp."""
 
 import contextlib
 import shutil
@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def compiled(folder: Path) -> Path:
-    """The library that makes the device. Skips where it cannot be made."""
+    """Build the library that implements the device, and return its path. Skips the test if it cannot be built."""
     if VERSION < (2, 11):
         pytest.skip(f"torch {torch.__version__}: the device is written for torch 2.11 and newer")
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -35,7 +35,7 @@ def compiled(folder: Path) -> Path:
 
 
 def load(library: str) -> None:
-    """From now on there is the device, to the end of the process."""
+    """Register the device until the end of the process."""
     torch.ops.load_library(library)
     torch.utils.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
@@ -58,5 +58,5 @@ def stream(stream: torch.Stream) -> Iterator[None]:
 
 
 def copies_to_host() -> tuple[int, int]:
-    """How many there have been, and how many of them into pageable memory."""
+    """The number of copies so far, and how many of them went to pageable memory."""
     return torch.ops.second_device.copies_to_host()

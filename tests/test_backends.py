@@ -35,7 +35,7 @@ def test_ema(backend_and_device, dtypes, offsets):
     backend, device = backend_and_device
     same = comparison(backend, device, *dtypes)
     momenta, sizes = MOMENTA, SIZES
-    if is_interpreted(backend, device):  # a millisecond or so for a hundred elements
+    if is_interpreted(backend, device):  # about a millisecond per hundred elements
         momenta, sizes = (0.0, 0.5, 0.996), [0, 1, 17, 1009, CHUNK + 1]
     for momentum in momenta:
         teachers = [Guarded(values(size, dtypes[0]), offsets[0], device) for size in sizes]
@@ -71,7 +71,7 @@ def test_copy(backend_and_device, dtype, offset):
     "momentum", [torch.tensor(0.996), torch.tensor(1 / 3), torch.tensor(0.9999, dtype=torch.float64)]
 )
 def test_momentum_on_the_device(backend_and_device, dtypes, momentum):
-    """The bits of the same number given by value, and of what the tensor holds at each call."""
+    """The same bits as a momentum given by value; the tensor is read at each call."""
     backend, device = backend_and_device
     teacher, student = torch.randn(1009).to(device, dtypes[0]), torch.randn(1009).to(device, dtypes[1])
     by_value = teacher.clone()
@@ -84,7 +84,7 @@ def test_momentum_on_the_device(backend_and_device, dtypes, momentum):
 
 
 def test_end_points(backend_and_device):
-    """Momentum 0 gives the student and momentum 1 leaves the teacher, exactly; a teacher at its student rests there."""
+    """Momentum 0 gives exactly the student, momentum 1 keeps the teacher, and a teacher equal to its student stays."""
     backend, device = backend_and_device
     teacher, student = torch.randn(5000, device=device), torch.randn(5000, device=device)
     old = teacher.clone()
@@ -99,7 +99,7 @@ def test_end_points(backend_and_device):
 
 @pytest.mark.parametrize("dtypes", EMA_PAIRS, ids=lambda pair: "<-".join(str(dtype)[6:] for dtype in pair))
 def test_against_fp64(backend_and_device, dtypes):
-    """The formula itself, from outside of torch.lerp: within one rounding of the difference and one of the result."""
+    """The formula without torch.lerp, in float64: within one rounding of the difference and one of the result."""
     backend, device = backend_and_device
     teacher, student = torch.randn(4099).to(dtypes[0]), torch.randn(4099).to(dtypes[1])
     momentum = 0.97
@@ -114,7 +114,7 @@ def test_against_fp64(backend_and_device, dtypes):
 
 
 def test_reference_is_one_fma():
-    """The reference's bits from the C library's fmaf: no rounding between product and sum, mirrored from weight 0.5."""
+    """The reference has the bits of the C library's fmaf: one rounding, and the mirrored form from weight 0.5."""
     fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
     fmaf.restype, fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
     for weight in (0.001, 0.3, 0.5, 0.75, 1.0):
@@ -130,12 +130,12 @@ def test_reference_is_one_fma():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half(dtype):
-    """All 65,536 values of a half type, and what lies between them, through the kernel's own conversions: copied, and
-    averaged with 0. NaNs of any bits stay NaNs."""
+    """All 65,536 values of a half type and values between them, through the kernel's conversions: copied, and
+    averaged with 0. NaNs stay NaNs, whatever their payload."""
     if reason := eman_kernels.available_backends()["cpu"]:
         pytest.skip(f"backend cpu: {reason}")
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
-    # Each value, its neighbours half way up and down, and just beside half way.
+    # Each value, the midpoints to its neighbors, and numbers just beside the midpoints.
     steps = torch.cat([every.float() * (1 + f) for f in (0, 2**-11, -(2**-11), 2**-9, 2**-8, 2**-8 + 2**-20, 2**-12)])
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000], dtype=torch.int32).view(torch.float32)
     for student, into in ((every, torch.float32), (torch.cat([steps, nans]), dtype), (every, dtype)):
@@ -151,20 +151,20 @@ def test_cpu_kernel_uses_several_threads_with_the_same_bits():
         pytest.skip(f"backend cpu: {reason}")
     from eman_kernels import _C
     from eman_kernels.backends import cpu
-    from eman_kernels.pairing import pair_lists
+    from eman_kernels.networks.pairing import pair_lists
 
     teacher, student = torch.randn(1_000_003), torch.randn(1_000_003)
     want = lerp(teacher, student, 0.9)
     for threads in (1, 2, 5):
         mine = teacher.clone()
-        (work,) = planned(pair_lists([mine], [student]), "cpu")[0].works
-        _C.update_cpu(_C.Call(work.table.data_ptr(), [0.9]), len(work.table), False, threads)
+        ((_, work),) = planned(pair_lists([mine], [student]), "cpu")[0].works
+        _C.update_cpu(_C.Arguments(work.table.data_ptr(), 0.9), len(work.table), False, threads)
         assert_same_bits(mine, want, f"{threads} threads")
-    assert cpu.threads(10) == 1
-    assert cpu.threads(1 << 30) == torch.get_num_threads()
+    assert cpu.count_threads(10) == 1
+    assert cpu.count_threads(1 << 30) == torch.get_num_threads()
 
 
-def test_the_report_checks_each_backend_that_is_there(capsys, monkeypatch):
+def test_the_report_checks_each_available_backend(capsys, monkeypatch):
     assert report.main() == 0
     there = [name for name, reason in eman_kernels.available_backends().items() if reason is None]
     said = capsys.readouterr().out

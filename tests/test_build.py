@@ -1,4 +1,4 @@
-"""The build: what it makes, what it leaves out and says so, and what the compiler made of the kernel."""
+"""The build: what it produces, what it leaves out and reports, and the machine code of the kernels."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ def call(*command, env=None, check=True, cwd=None):
 
 
 def tool(name):
-    """A program on PATH, or the one that Triton's wheel carries."""
+    """A program on PATH, or the one in Triton's wheel."""
     if found := shutil.which(name):
         return found
     triton = pytest.importorskip("triton", reason=f"no {name} on PATH, and no triton that carries one")
@@ -41,12 +41,12 @@ def tool(name):
     return carried
 
 
-# ---------------------------------------------------------------- the kernel's machine code
+# ---------------------------------------------------------------- the machine code of the kernels
 
 
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """architecture -> (ptxas report, cubin), for every architecture of the toolkit."""
+    """(ptxas report, cubin) by architecture, for every architecture that the toolkit supports from 75 on."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH")
@@ -80,7 +80,7 @@ def test_compiles_for_every_architecture_without_spills_or_a_stack_frame(cubins)
         for kernel, used in re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, re.S):
             registers.setdefault(kernel, {})[arch] = int(used)
     print("registers:", registers)
-    # 32 leave room for all 8 blocks of 256 threads on an SM of 64 K registers, 40 for 6, 64 for 4.
+    # An SM has 64 K registers. With 32 per thread all 8 blocks of 256 threads fit on it, with 40 six, with 64 four.
     assert all(registers["eman_update"][arch] <= 32 for arch in (80, 90, 100))
     assert max(registers["eman_update"].values()) <= 40
     assert max(registers["eman_update_general"].values()) <= 64
@@ -101,26 +101,28 @@ def test_accesses_are_global_and_16_bytes_wide(cubins, arch, kernel):
     assert count("LD.") == count("ST.") == 0, "generic accesses"
     assert count("LDL") == count("STL") == 0, "local memory"
     if kernel == "eman_swap":
-        assert count("LDG", ".128", "CONSTANT") == 0  # what is written may not be read through that path
+        # Data that is written must not be read through the read-only cache.
+        assert count("LDG", ".128", "CONSTANT") == 0
         assert min(count("LDG", ".128"), count("STG", ".128")) >= 2 * 4
         return
-    # Teachers of 16 bytes: 6 of the 8 averages and all 4 copies; the two others (half <- float) store 8.
+    # Stores of teachers: 16 bytes in 6 of the 8 averages and all 4 copies, 8 bytes in the other two (half <- float).
     assert count("STG", ".128") >= 10
     assert count("STG", ".64") >= 2
     if kernel == "eman_update" and arch >= 80:
-        # The assembler narrows two floats in one instruction: 4 and 2 in the vectors of half <- half and half <- float.
+        # One instruction narrows two floats: 4 per vector of half <- half, and 2 per vector of half <- float.
         packed = re.findall(r"\bF2FP\.(?:BF16\.(?:F32\.)?|F16\.F32\.)?PACK_AB\b", sass)
         print(Counter(packed))
         assert len(packed) >= 2 * (4 + 2)
         assert sum("BF16" in name for name in packed) >= 4 + 2
-    # Students likewise: 6 of 8 (float <- half reads 8) and the copies; never through the coherent path.
+    # Loads of students: 16 bytes in 6 of the 8 averages (float <- half reads 8) and in the copies, always through the
+    # read-only cache.
     assert count("LDG", ".128", "CONSTANT") >= 10
-    # Teachers are read for the averages alone: 6 of 16 bytes.
+    # Loads of teachers, only for the averages: 6 have 16 bytes.
     assert count("LDG", ".128") - count("LDG", ".128", "CONSTANT") >= 6
 
 
 def test_the_cpu_kernels_clones_are_vector_code(tmp_path):
-    """Plain and general: an fma of the machine's own wherever the machine has one, and of whole vectors."""
+    """The plain and the general kernel use vector fma instructions on every machine that has them."""
     compiler = shutil.which("g++")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs g++ on x86-64")
@@ -167,8 +169,8 @@ def test_the_extension_has_nothing_of_torch_in_it():
 
 
 def isolated(*command, env=None):
-    """Run what installs the build requirements for itself; skip where there is no registry to have them from."""
-    # pip would try for a minute and a half.
+    """Run a command that installs the build requirements; skip if no package registry can be reached."""
+    # By default pip would retry for a minute and a half.
     env = {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15"} | (env or dict(os.environ))
     done = call(*command, env=env, check=False)
     said = done.stdout + done.stderr
@@ -188,7 +190,7 @@ def sdist(tmp_path_factory):
 
 
 def test_the_extension_is_hardened():
-    """Nothing that can be written can be executed, and the loader's pointers are read-only once they are set."""
+    """No memory is writable and executable, and the loader's pointers are read-only after loading."""
     if extension.missing:
         pytest.skip(extension.missing)
     headers = call(tool("readelf"), "--wide", "--segments", "--dynamic", extension.C.__file__).stdout
@@ -200,7 +202,7 @@ def test_the_extension_is_hardened():
 
 
 def test_one_openmp_is_loaded_beside_torchs():
-    """torch's own libgomp, under whatever file name its wheel has it, is libgomp.so.1 to the loader."""
+    """Whatever its file name in torch's wheel, the loader knows torch's libgomp as libgomp.so.1."""
     if extension.missing or "on" not in extension.C.openmp_status:
         pytest.skip(extension.missing or extension.C.openmp_status)
     code = "import eman_kernels; print(open('/proc/self/maps').read())"
@@ -215,7 +217,7 @@ def wheel_of(sdist, out, **env):
 
 
 def run_from(wheel, folder, module, *arguments):
-    """python -m module, with this wheel and nothing of an editable install."""
+    """python -m module, with this wheel and without any editable install."""
     if not folder.exists():
         call(sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, wheel)
     script = (
@@ -225,8 +227,9 @@ def run_from(wheel, folder, module, *arguments):
     return call(sys.executable, "-c", script, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder).stdout
 
 
+@pytest.mark.slow
 def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_path):
-    """Without torch there: the build requirements are all that is installed."""
+    """Without torch: only the build requirements are installed."""
     wheel, lines = wheel_of(sdist, tmp_path)
     assert wheel.stat().st_size < 5_000_000
     assert wheel.name.startswith(f"eman_kernels-{eman_kernels.__version__}-")
@@ -242,6 +245,7 @@ def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_pat
         assert any(line.startswith("eman_kernels: CUDA kernel: on: nvcc") for line in lines), lines
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_installs_and_works(sdist, tmp_path):
     wheel, lines = wheel_of(sdist, tmp_path, CXX="no-such-compiler", CC="no-such-compiler")
     assert not any("_C." in name for name in zipfile.ZipFile(wheel).namelist())
@@ -258,7 +262,21 @@ def test_without_a_compiler_the_package_installs_and_works(sdist, tmp_path):
     assert "the compiled extension is not in this installation" in said
 
 
-# ---------------------------------------------------------------- CMake's decisions
+@pytest.mark.parametrize("options", [[], ["--inplace"]])
+def test_build_ext_replaces_the_library_in_the_package_only_in_place(tmp_path, options):
+    """Without a compiler, so that nothing is built: an old library must not stay where a new one would be."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    shutil.copytree(ROOT / "eman_kernels", tmp_path / "eman_kernels", ignore=shutil.ignore_patterns("*.so"))
+    old = tmp_path / "eman_kernels" / "_C.old.so"
+    old.touch()
+    env = os.environ | {"CXX": "no-such-compiler", "CC": "no-such-compiler"}
+    call(sys.executable, "setup.py", "build_ext", *options, env=env, cwd=tmp_path)
+    assert old.exists() == (not options)
+
+
+# ---------------------------------------------------------------- decisions of CMake
 
 
 def configure(folder, **definitions):
@@ -303,6 +321,7 @@ def test_cuda_on_fails_with_the_reason(tmp_path):
     assert "EMAN_KERNELS_CUDA must be auto, on or off, and is 'yes'" in said
 
 
+@pytest.mark.slow
 def test_architectures_as_torch_lists_them(tmp_path):
     if extension.missing or not extension.C.has_cuda:
         pytest.skip(extension.missing or extension.C.cuda_status)

@@ -1,4 +1,4 @@
-"""The operator, and updates inside compiled graphs: the bits of eager code, one graph, no plan or graph anew."""
+"""The operator, and updates in compiled graphs: the bits of eager code, one graph, no replanning or recompiling."""
 
 import subprocess
 import sys
@@ -9,9 +9,10 @@ import torch
 from conftest import assert_same_bits
 from torch import Tensor, nn
 
-from eman_kernels import EMANTeacher, EMANTeachers, ema_update_, eman_update_, functional, schedules
+from eman_kernels import EMANTeacher, EMANTeachers, ema_update_, eman_update_, schedules
+from eman_kernels.update import eager
 
-GRAD = "ignore:The .grad attribute of a Tensor that is not a leaf"  # torch's compiler and opcheck look at it
+GRAD = "ignore:The .grad attribute of a Tensor that is not a leaf"  # the compiler and opcheck access .grad
 COMPILERS = ["eager", "aot_eager", "inductor"]
 op = torch.ops.eman_kernels.ema_update_
 
@@ -25,20 +26,20 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Each plan that is made."""
+    """Records each plan that is made."""
     made: list[object] = []
-    plan = functional._plan
+    plan = eager.Plan
 
     def recorded(*args: object) -> object:
         made.append(plan(*args))
         return made[-1]
 
-    monkeypatch.setattr(functional, "_plan", recorded)
+    monkeypatch.setattr(eager, "Plan", recorded)
     return made
 
 
 def compiled(function: Callable, backend: str, fullgraph: bool = True) -> tuple[Callable, list[object]]:
-    """The function compiled by this backend, and a list that grows by an item for each graph that is made."""
+    """Compile with this backend. Also returns a list with one item per compiled graph."""
     graphs: list[object] = []
     inner = torch._dynamo.lookup_backend(backend)
 
@@ -64,7 +65,7 @@ def network() -> nn.Sequential:
 
 
 def walk(student: nn.Module) -> None:
-    """As an optimizer would, and the forward of a training step."""
+    """Change parameters as an optimizer does, and buffers as a forward in training mode does."""
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += torch.randn_like(parameter)
@@ -98,7 +99,7 @@ def test_opcheck_passes_four_of_four(options: dict, requires_grad: bool):
     assert list(results.values()) == ["SUCCESS"] * 4
 
 
-def test_the_operator_is_like_an_optimizers_step():
+def test_the_operator_behaves_like_an_optimizer_step():
     teachers, students = lists()
     for tensor in teachers[:2] + students[:2]:
         tensor.requires_grad_()
@@ -111,7 +112,7 @@ def test_the_operator_is_like_an_optimizers_step():
         saved.sum().backward()
 
 
-def test_copied_says_which_are_not_averaged():
+def test_copied_selects_tensors_that_are_not_averaged():
     teachers, students = lists()
     expected = torch.lerp(teachers[1], students[1], 1 - 0.9)
     op(teachers, students, double(0.9), copied=[True, False, False])
@@ -121,13 +122,13 @@ def test_copied_says_which_are_not_averaged():
         op(teachers, students, double(0.9), copied=[True])
 
 
-def test_the_operator_refuses_what_the_function_refuses():
+def test_the_operator_raises_the_errors_of_the_function():
     teachers, students = lists()
     before = [tensor.clone() for tensor in teachers]
     for arguments, options, match in [
-        ((teachers, students[:2], double(0.9)), {}, "as many"),
+        ((teachers, students[:2], double(0.9)), {}, "same length"),
         ((teachers, students, double(1.5)), {}, r"in \[0, 1\]"),
-        ((teachers, students, double(0.9)), {"nonfinite": "skp"}, "none of"),
+        ((teachers, students, double(0.9)), {"nonfinite": "skp"}, "unknown nonfinite"),
         ((teachers, teachers, double(0.9)), {}, "share memory"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -151,11 +152,11 @@ def test_lists_in_a_graph(backend: str, call: Callable, plans: list):
             assert_same_bits(tensor, other)
         made.append(len(graphs))
     assert made == made[:1] * 5
-    # One for each list. aot_eager, which is for looking for faults, runs the operator on copies that it makes anew.
+    # One per list. aot_eager, a debugging backend, runs the operator on new copies each time.
     assert len(plans) == 2 or backend == "aot_eager"
 
 
-def test_a_momentum_that_is_a_number_costs_one_more_graph_and_no_more():
+def test_a_momentum_given_as_a_number_costs_exactly_one_more_graph():
     teachers, students = lists()
     expected = [tensor.clone() for tensor in teachers]
     step, graphs = compiled(lambda m: ema_update_(teachers, students, m), "eager")
@@ -192,10 +193,10 @@ def pair_of(options: dict) -> tuple[list[nn.Module], list[EMANTeacher]]:
 @pytest.mark.parametrize(
     ("backend", "options"),
     [pytest.param("eager", options, id=f"eager-{name}") for name, options in OPTIONS.items()]
-    # Which differ for these by whether there is a tensor besides the networks'.
+    # The graphs of these differ by whether they have a tensor besides those of the networks.
     + [(backend, OPTIONS[name]) for backend in COMPILERS[1:] for name in ("nonfinite", "stochastic")],
 )
-def test_a_teacher_in_a_graph_is_the_teacher_outside(backend: str, options: dict, plans: list):
+def test_a_teacher_in_a_graph_equals_one_in_eager_code(backend: str, options: dict, plans: list):
     students, teachers = pair_of(options)
     step, graphs = compiled(lambda: teachers[0].update(students[0]), backend)
     for k in range(5):
@@ -217,7 +218,7 @@ def test_a_teacher_in_a_graph_is_the_teacher_outside(backend: str, options: dict
     assert len(plans) == 2 or backend == "aot_eager"
     if options.get("nonfinite"):
         assert teachers[0].skipped == teachers[1].skipped == 5
-    # And go on outside, with no student given, and resume.
+    # Continue in eager code without passing the student, then resume from a checkpoint.
     for teacher in teachers:
         teacher.update()
         assert teacher.step == 6
@@ -230,7 +231,7 @@ def test_a_teacher_in_a_graph_is_the_teacher_outside(backend: str, options: dict
 @pytest.mark.filterwarnings(GRAD)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_whole_training_step(backend: str, plans: list):
-    """Forward, backward, optimizer and update: what breaks the graph is torch's own, and not the update."""
+    """Forward, backward, optimizer and update: only torch's code breaks the graph, never the update."""
     students = [network(), network()]
     teachers = [EMANTeacher(student, schedules.WarmUp(0.99)) for student in students]
     optimizers = [torch.optim.SGD(student.parameters(), lr=0.1) for student in students]
@@ -250,7 +251,7 @@ def test_a_whole_training_step(backend: str, plans: list):
         x = torch.randn(8, 3)
         assert torch.allclose(in_graphs(x), step(1, x), rtol=1e-4)
         made.append((len(graphs), len(plans)))
-    assert made[1:] == made[1:2] * 5  # in the second step the gradients' and the optimizer's state is there
+    assert made[1:] == made[1:2] * 5  # the second step has gradients and optimizer state
     for a, b in zip(teachers[0].state_dict().values(), teachers[1].state_dict().values(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6)
     assert teachers[0].step == 6
@@ -258,7 +259,7 @@ def test_a_whole_training_step(backend: str, plans: list):
     assert not any("eman_kernels" in reason for reason in torch._dynamo.utils.counters["graph_break"])
 
 
-def test_the_update_reads_what_the_forward_before_it_wrote():
+def test_the_update_reads_buffers_written_by_the_forward_before_it():
     student = network()
     teacher = EMANTeacher(student, 0.0)
 
@@ -273,7 +274,7 @@ def test_the_update_reads_what_the_forward_before_it_wrote():
     assert_same(teacher.module, student)
 
 
-def test_what_a_graph_rests_on_can_change():
+def test_what_a_graph_depends_on_can_change():
     student = network()
     teacher = EMANTeacher(student, 0.5)
     step, graphs = compiled(lambda s: teacher.update(s), "eager")
@@ -285,7 +286,7 @@ def test_what_a_graph_rests_on_can_change():
         step(s)
         expected.update(s)
         assert_same(teacher.module, expected.module)
-        assert teacher._student() is s
+        assert teacher.state.student() is s
 
     follows(student)
     student[0].weight = nn.Parameter(torch.randn(4, 3))
@@ -294,11 +295,11 @@ def test_what_a_graph_rests_on_can_change():
         module[2] = nn.Linear(4, 5)
         module.add_module("3", nn.Linear(5, 2))
     follows(student)
-    teacher.rules["3.*"] = "copy"
+    teacher.rules = {"3.*": "copy"}
     walk(student)
     step(student)
     assert_same_bits(teacher.module[3].weight, student[3].weight)
-    del teacher.rules["3.*"]
+    teacher.rules = {}
     other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5), nn.Linear(5, 2))
     follows(other)
     follows(student)
@@ -349,7 +350,7 @@ def test_several_teachers_and_a_network_in_a_graph():
         assert teacher.step == 3
 
 
-def test_a_schedule_that_no_graph_can_hold_breaks_it_and_is_obeyed():
+def test_a_schedule_that_cannot_be_traced_breaks_the_graph_and_is_used():
     student = network()
     momentum = lambda step: 0.0 if step < 2 else 1.0  # noqa: E731
     teacher = EMANTeacher(student, momentum)
@@ -365,7 +366,7 @@ def test_a_schedule_that_no_graph_can_hold_breaks_it_and_is_obeyed():
     assert teacher.step == 3
 
 
-def test_networks_that_differ_are_an_error_when_the_graph_is_made():
+def test_networks_that_differ_are_an_error_at_compile_time():
     student = network()
     teacher = EMANTeacher(student)
     student[2] = nn.Linear(4, 3)
@@ -391,7 +392,7 @@ def test_swapping_breaks_the_graph_and_is_right():
         torch.compile(evaluate, backend="eager", fullgraph=True)()
 
 
-def test_neither_import_nor_updates_import_dynamo():
+def test_importing_and_updating_do_not_import_dynamo():
     code = (
         "import sys, torch\n"
         "import eman_kernels\n"

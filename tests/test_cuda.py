@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, devices, synchronisation, graphs, launches. The bits are in test_backends.py."""
+"""GPU behavior: streams, devices, synchronization, graphs and launches. Results are compared in test_backends.py."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_same_bits, exchange, lerp, no_waiting, profiled, refused_in_a_capture
+from conftest import assert_same_bits, exchange, forbid_synchronization, lerp, profiled, refused_in_a_capture
 from torch import nn
 
 import eman_kernels
@@ -18,20 +18,19 @@ from eman_kernels import (
     backends,
     ema_update_,
     eman_update_,
-    known,
-    plan,
     plan_for,
     schedules,
 )
-from eman_kernels.backends import cuda, reference
-from eman_kernels.call import Call
+from eman_kernels.backends import cuda, interface
+from eman_kernels.backends.interface import Arguments, Work
+from eman_kernels.plan import cache
 
 SLEEP = 200_000_000  # GPU cycles: about a tenth of a second
 
 
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request):
-    """The one-launch backends of a GPU."""
+    """The GPU backends that update in one launch."""
     if reason := eman_kernels.available_backends()[request.param]:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
@@ -66,7 +65,7 @@ def test_a_whole_resnet_in_one_launch(backend):
 
 
 @pytest.mark.cuda
-def test_it_runs_on_the_current_stream_and_does_not_wait(backend):
+def test_it_runs_on_the_current_stream_without_synchronizing(backend):
     teacher, student = pair()
     ema_update_([teacher], [student], 0.5, backend=backend)
     torch.cuda.synchronize()
@@ -82,16 +81,16 @@ def test_it_runs_on_the_current_stream_and_does_not_wait(backend):
 
 
 @pytest.mark.cuda
-def test_no_synchronising_call(backend):
+def test_no_synchronizing_call(backend):
     teacher, student = pair()
     ema_update_([teacher], [student], 0.5, backend=backend)
-    with no_waiting():
+    with forbid_synchronization():
         ema_update_([teacher], [student], 0.5, backend=backend)
 
 
 @pytest.mark.cuda
-def test_a_plan_may_go_while_its_kernel_waits(backend):
-    """The table's memory is not given to others before the kernel has read it."""
+def test_a_plan_may_be_deleted_while_its_kernel_is_queued(backend):
+    """The table's memory is not reused before the kernel has read it."""
     teacher, student = pair()
     stream = torch.cuda.Stream()
     ema_update_([teacher], [student], 0.0, backend=backend)
@@ -101,7 +100,7 @@ def test_a_plan_may_go_while_its_kernel_waits(backend):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP)
         ema_update_([teacher], [student], 0.0, backend=backend)
-    known._lists.clear()
+    cache._lists.clear()
     garbage = [torch.full((4, 4), -1, device="cuda") for _ in range(100)]
     stream.synchronize()
     assert (teacher == 3).all()
@@ -116,7 +115,7 @@ def test_a_captured_graph_replays_and_outlives_its_plan(backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         eman_update_(teacher, student, 0.5, backend=backend)
-    known._networks.clear()
+    cache._networks.clear()
     garbage = [torch.full((8, 4), -1, device="cuda") for _ in range(100)]
     for _ in range(3):
         with torch.no_grad():
@@ -146,7 +145,7 @@ def test_a_captured_graph_replays_with_a_schedule(backend):
 
 
 def launches(run):
-    """The names of what ran on the device."""
+    """The names of the operations that ran on the device."""
     torch.cuda.synchronize()
     with profiled(torch.profiler.ProfilerActivity.CUDA) as profile:
         run()
@@ -175,16 +174,16 @@ def test_one_launch_for_several_teachers_and_for_a_swap(backend):
     teachers.update(student)
     assert len(launches(teachers.update)) == 1
     with teachers.swapped(0):
-        pass  # compiles Triton's
+        pass  # compiles the Triton kernel
     context = teachers.swapped(0)
-    names = [name for name in launches(context.__enter__) if "Memcpy" not in name]  # the table's, to the device
+    names = [name for name in launches(context.__enter__) if "Memcpy" not in name]  # copies of tables to the device
     assert len(names) == 1, names
     assert "eman_swap" in names[0]
     context.__exit__(None, None, None)
 
 
 @pytest.mark.cuda
-def test_found_inf_is_not_waited_for(backend):
+def test_found_inf_causes_no_synchronization(backend):
     student = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()
     teacher = EMANTeacher(student, schedules.WarmUp(0.9), backend=backend)
     found_inf = torch.zeros((), device="cuda")
@@ -193,7 +192,7 @@ def test_found_inf_is_not_waited_for(backend):
         student[0].weight += 1
     before = teacher.module[0].weight.clone()
     found_inf.fill_(1)
-    with no_waiting():
+    with forbid_synchronization():
         torch.cuda._sleep(SLEEP)
         teacher.update(student, found_inf=found_inf)
         assert not torch.cuda.current_stream().query(), "update() waited for the device"
@@ -225,7 +224,7 @@ def test_a_captured_graph_advances_the_step_the_schedule_and_the_random_bits(bac
 
 
 @pytest.mark.cuda
-def test_what_a_captured_graph_would_repeat_is_refused(backend):
+def test_state_that_a_captured_graph_would_freeze_is_refused(backend):
     student = nn.Linear(30, 30).cuda()
     for options in ({"momentum": schedules.WarmUp(0.9)}, {"rounding": "stochastic", "dtype": torch.bfloat16}):
         teacher = EMANTeacher(student, backend=backend, **options)
@@ -309,25 +308,38 @@ def test_moving_to_the_device_after_the_plan_was_made():
 @pytest.mark.cuda
 def test_a_launch_error_names_the_device(backend):
     if backend != "cuda":
-        pytest.skip("the compiled kernel's own error")
+        pytest.skip("only the compiled kernel reports it so")
     from eman_kernels import _C
 
     with pytest.raises(RuntimeError, match="failed on cuda:99: cudaErrorInvalidDevice"):
-        _C.update_cuda(_C.Call(0, [0.5]), 1, False, 99, 0)
+        _C.update_cuda(_C.Arguments(0, 0.5), 1, False, 99, 0)
     teacher, student = pair()
     ema_update_([teacher], [student], 0.0, backend=backend)
     assert torch.equal(teacher, student)
 
 
-# ---------------------------------------------------------------- what can be seen without a GPU
+# ---------------------------------------------------------------- checks that need no GPU
+
+
+class PackedArguments:
+    def __init__(self, chunks, momentum):
+        self.chunks, self.momenta = chunks, [momentum]
+
+    def set_momenta(self, momenta):
+        self.momenta = momenta
+
+    def read_momenta(self, *what):
+        self.momenta = what
 
 
 class Calls(list):
-    def Call(self, *args, **options):
-        return *args, options
+    def Arguments(self, chunks, momentum):
+        return PackedArguments(chunks, momentum)
 
     def __getattr__(self, name):
-        return lambda *args: self.append((name, *args))
+        return lambda *args: self.append(
+            (name, *(vars(arg) if isinstance(arg, PackedArguments) else arg for arg in args))
+        )
 
 
 class Table:
@@ -345,50 +357,48 @@ class Table:
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-def test_what_the_cuda_backend_hands_to_the_extension(monkeypatch, capturing):
+def test_what_the_cuda_backend_passes_to_the_extension(monkeypatch, capturing):
     extension, table = Calls(), Table()
     stream = types.SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 76 + index, raising=False)
     monkeypatch.setattr(cuda, "C", extension)
     monkeypatch.setattr(backends.extension, "C", extension)
-    monkeypatch.setattr(plan, "_captured_tables", kept := [])
+    monkeypatch.setattr(interface, "_captured_tables", kept := [])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    # Made for a backend that takes no table, so that nothing is put on a device that is not there.
-    work, general = (plan.Work(torch.device("cuda", 1), reference, [], {}, n, False, n > 1) for n in (1, 5))
+    work, general = (Work(torch.device("cuda", 1), {}, 0, table, n_teachers=n, skip_nonfinite=n > 1) for n in (1, 5))
     for each in (work, general):
-        each.table, each.n_pieces = table, len(table) // each.n_teachers
+        each.streams.clear()  # as if made on another stream
     single, double, found_inf, step, skipped = map(torch.tensor, (0.25, 0.25, 0.0, 7, 0))
     double = double.double()
-    cuda.run(work, Call([0.25], found_inf), [])
-    cuda.run(work, Call(single), [])
-    cuda.run(work, Call(double), [])
+    cuda.run(work, Arguments([0.25], found_inf), [])
+    cuda.run(work, Arguments(single), [])
+    cuda.run(work, Arguments(double), [])
     exchange(cuda.swaps(work, []))
-    cuda.run(general, Call(double, seed=3, step=(1 << 32) + 4), [])
-    cuda.run(general, Call([0.5] * 5, seed=3, step=step, skipped=skipped), [])
-    momenta = {"momenta_address": double.data_ptr(), "momenta_are_double": True}
-    options = {"stochastic": False, "skip_nonfinite": True, "seed": 3}
+    cuda.run(general, Arguments(double, seed=3, step=(1 << 32) + 4), [])
+    cuda.run(general, Arguments([0.5] * 5, seed=3, step=step, skipped=skipped), [])
+    start = {"chunks": 4096, "stochastic": False, "skip_nonfinite": True, "seed": 3}
     addresses = {"step_address": step.data_ptr(), "skipped": skipped.data_ptr()}
     assert extension == [
-        ("update_cuda", (4096, [0.25], {"found_inf": found_inf.data_ptr()}), 5, False, 1, 77),
-        ("update_cuda", (4096, [0.0], momenta | {"momenta_address": single.data_ptr(), "momenta_are_double": False}),
-         5, False, 1, 77),
-        ("update_cuda", (4096, [0.0], momenta), 5, False, 1, 77),
+        ("update_cuda", {"chunks": 4096, "momenta": [0.25], "found_inf": found_inf.data_ptr()}, 5, False, 1, 77),
+        ("update_cuda", {"chunks": 4096, "momenta": (single.data_ptr(), 1, False)}, 5, False, 1, 77),
+        ("update_cuda", {"chunks": 4096, "momenta": (double.data_ptr(), 1, True)}, 5, False, 1, 77),
         ("swap_cuda", 4096, 5, 1, 77),
-        ("update_cuda", (4096, [0.0] * 5, momenta | options | {"step": 4}), 1, True, 1, 77),
-        ("update_cuda", (4096, [0.5] * 5, options | addresses), 1, True, 1, 77),
-    ]  # fmt: skip
-    # Once each: the allocator asks the stream when the memory goes, and a captured table's never does.
+        ("update_cuda", start | {"momenta": (double.data_ptr(), 5, True), "step": 4}, 1, True, 1, 77),
+        ("update_cuda", start | {"momenta": [0.5] * 5} | addresses, 1, True, 1, 77),
+    ]
+    # Recorded once per stream, for the allocator. A captured table is never freed.
     assert table.streams == ([] if capturing else 2 * [stream])
     assert kept == ([table, table] if capturing else [])
 
 
-def test_what_a_step_calls(monkeypatch):
-    """By Python's own count: nothing that makes a stream's object, waits, or asks what a step need not know."""
-    handle, capturing, extension, table = 0, False, Calls(), Table()
+def test_the_calls_of_a_step(monkeypatch):
+    """Counted by Python's profiler: no stream object is created, and there are no waits or unneeded queries."""
+    handle, capturing, table = 0, False, Table()
+    extension = types.SimpleNamespace(Arguments=PackedArguments, update_cuda=lambda *args: None)
     monkeypatch.setattr(cuda, "C", extension)
     monkeypatch.setattr(backends.extension, "C", extension)
-    monkeypatch.setattr(plan, "_captured_tables", kept := [])
+    monkeypatch.setattr(interface, "_captured_tables", kept := [])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: handle, raising=False)
 
     def stream_object(device):
@@ -399,8 +409,7 @@ def test_what_a_step_calls(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", stream_object)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", is_current_stream_capturing)
-    work = plan.Work(torch.device("cuda", 0), reference, [], {})
-    work.table, work.n_pieces, work.streams = table, len(table), {0}  # as if made on the default stream
+    work = Work(torch.device("cuda", 0), {}, 0, table)  # made on the default stream
 
     def step():
         seen = []
@@ -409,11 +418,11 @@ def test_what_a_step_calls(monkeypatch):
             if event in ("call", "c_call"):
                 seen.append(argument.__name__ if event == "c_call" else frame.f_code.co_name)
 
-        call = plan.Call([0.5])
+        arguments = Arguments([0.5])
         before = sys.getprofile()
         sys.setprofile(profile)
         try:
-            cuda.run(work, call, [])
+            cuda.run(work, arguments, [])
         finally:
             sys.setprofile(before)
         return len([name for name in seen if name not in ("__getattr__", "append", "setprofile")]), seen
@@ -434,8 +443,8 @@ def test_what_a_step_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("left_by", [None, KeyError])
-def test_nothing_stays_forbidden(monkeypatch, left_by):
-    """The first call of the mode warns, and warnings are errors; an exception within ends it too."""
+def test_forbid_synchronization_restores_the_mode(monkeypatch, left_by):
+    """The first call of the mode warns, and warnings are errors; an exception in the body ends the mode too."""
     modes = []
 
     def set_mode(mode):
@@ -444,7 +453,7 @@ def test_nothing_stays_forbidden(monkeypatch, left_by):
             warnings.warn("Synchronization debug mode is a prototype feature and does not detect all", stacklevel=2)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    with contextlib.suppress(KeyError), no_waiting():
+    with contextlib.suppress(KeyError), forbid_synchronization():
         assert modes == ["error"]
         if left_by:
             raise left_by
@@ -456,13 +465,13 @@ def test_nothing_stays_forbidden(monkeypatch, left_by):
             raise RuntimeError
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", fail)
-    with pytest.raises(RuntimeError), no_waiting():
+    with pytest.raises(RuntimeError), forbid_synchronization():
         pass
     assert modes[2:] == ["error", "default"]
 
 
-def test_a_refusal_leaves_no_capture_behind(monkeypatch):
-    """Neither an exception nor an empty graph reaches the end of torch's context."""
+def test_a_refusal_ends_the_capture(monkeypatch):
+    """torch's context is left without an exception and with a graph that is not empty."""
     captured, ended = [], []
 
     class Graph:
@@ -485,7 +494,7 @@ def test_a_refusal_leaves_no_capture_behind(monkeypatch):
     assert ended[0] == (None, 1)
 
 
-def test_why_the_cuda_backend_cannot(monkeypatch):
+def test_why_the_cuda_backend_is_unavailable(monkeypatch):
     def reason(**attributes):
         cuda.unavailable.cache_clear()
         with monkeypatch.context() as patch:

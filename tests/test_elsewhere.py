@@ -1,4 +1,4 @@
-"""Teachers in CPU memory of a student on another device: a GPU, or that of second_device.cpp, in another process."""
+"""Teachers in CPU memory of students on another device: a GPU, or second_device.cpp in a separate process."""
 
 import copy
 import os
@@ -19,11 +19,10 @@ from eman_kernels import (
     available_backends,
     ema_update_,
     eman_update_,
-    known,
     plan_for,
-    staging,
     swapped,
 )
+from eman_kernels.plan import cache, staging
 
 LIBRARY = os.environ.get("EMAN_KERNELS_SECOND_DEVICE")
 if LIBRARY:
@@ -38,9 +37,9 @@ def device(request):
 
 
 @pytest.mark.build
-@pytest.mark.skipif(LIBRARY is not None, reason="this is the process with the second device")
+@pytest.mark.skipif(LIBRARY is not None, reason="already in the process with the second device")
 def test_on_a_second_device(tmp_path):
-    """The tests below, where there is such a device."""
+    """Run the tests below in a process that has the device."""
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", second_device.NAME],
@@ -56,8 +55,8 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 70, 3), nn.BatchNorm2d(70), nn.Flatten(), nn.Linear(70 * 36, 11))
 
 
-def moved(student, nans=0):
-    """Its values of the next step, which it gets by work that its device has yet to do."""
+def enqueue_values(student, nans=0):
+    """Enqueue new values for the student on its device, without waiting, and return them."""
     values = {}
     for name, tensor in student.state_dict().items():
         new = torch.randn(tensor.shape).to(tensor.dtype) if tensor.is_floating_point() else torch.randint(99, ())
@@ -85,28 +84,32 @@ OPTIONS = {
 
 @pytest.mark.filterwarnings("ignore:at momentum")
 @pytest.mark.parametrize(("options", "dtype"), OPTIONS.values(), ids=OPTIONS)
-def test_the_bits_are_those_of_a_student_beside_it(device, options, dtype):
-    beside = network().to(dtype)
-    teacher, want = EMANTeacher(beside, 0.9, **options), EMANTeacher(beside, 0.9, **options | {"backend": "reference"})
+def test_same_bits_as_for_a_student_on_the_cpu(device, options, dtype):
+    on_cpu = network().to(dtype)
+    teacher, want = EMANTeacher(on_cpu, 0.9, **options), EMANTeacher(on_cpu, 0.9, **options | {"backend": "reference"})
     student = network().to(dtype).to(device)
     for _ in range(3):
-        beside.load_state_dict(moved(student, nans=1 if "nonfinite" in options else 0))
+        on_cpu.load_state_dict(enqueue_values(student, nans=1 if "nonfinite" in options else 0))
         teacher.update(student)
-        moved(student)  # too late
-        want.update(beside)
+        enqueue_values(student)  # too late to be seen by the update
+        want.update(on_cpu)
         for name, tensor in want.module.state_dict().items():
             assert_same_bits(teacher.module.state_dict()[name], tensor, name)
     assert teacher.step == 3
     if "nonfinite" in options:
-        assert teacher.skipped == want.skipped == 3 * 8  # of each tensor but the counter
+        assert teacher.skipped == want.skipped == 3 * 8  # one per tensor except the counter
     if "cast" in options:
-        for own, its in zip(teacher._low_precision().copies, want._low_precision().copies, strict=True):
+        for own, its in zip(
+            teacher.state.refresh_low_precision(teacher.module).copies,
+            want.state.refresh_low_precision(want.module).copies,
+            strict=True,
+        ):
             assert_same_bits(own, its)
     assert not plan_for(teacher.module, student).ineligible
 
 
 def copies(device, run):
-    """Copies to the CPU, and those of them into pageable memory."""
+    """The number of copies to the CPU, and of those to pageable memory."""
     if device.type == second_device.NAME:
         before = second_device.copies_to_host()
         run()
@@ -125,26 +128,26 @@ def test_one_copy_into_pinned_memory(device):
     assert copies(device, teacher.update) == (1, 0)
     size = sum(-(-tensor.nbytes // 16) * 16 for tensor in student.state_dict().values())
     last = plan_for(teacher.module, student).describe().splitlines()[-1]
-    assert last == f"  from {device}: {size} bytes to pinned memory of the CPU, in copies: 1"
+    assert last == f"  from {device}: {size} bytes to pinned CPU memory in 1 transfers per update"
 
 
 @pytest.mark.parametrize("gathered", [64, 300, 5000, 10_000])
 def test_pieces(device, monkeypatch, gathered):
-    """Large tensors by themselves, and small ones in pieces of which none is larger than the memory for them."""
-    monkeypatch.setattr(staging, "GATHERED", gathered)
+    """Large tensors are copied individually, small ones in groups that fit into the staging buffer."""
+    monkeypatch.setattr(staging, "BUFFER_BYTES", gathered)
     student = network().to(device)
     teacher = EMANTeacher(network(), 0.5)
     for _ in range(2):
         before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
-        values = moved(student)
+        values = enqueue_values(student)
         teacher.update(student)
         for name, value in values.items():
             want = lerp(before[name], value, 0.5) if value.is_floating_point() else value
             assert_same_bits(teacher.module.state_dict()[name], want, name)
     sizes = [-(-tensor.nbytes // 16) * 16 for tensor in student.state_dict().values()]
     small = sum(size for size in sizes if size <= gathered)
-    (its,) = plan_for(teacher.module, student)._copies
-    assert its._gathered.nbytes == min(small, gathered)
+    (its,) = plan_for(teacher.module, student).staging._copies
+    assert its._buffer.nbytes == min(small, gathered)
     count, pageable = copies(device, teacher.update)
     large = len([size for size in sizes if size > gathered])
     assert large + -(-small // gathered) <= count <= len(sizes)
@@ -152,7 +155,7 @@ def test_pieces(device, monkeypatch, gathered):
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "not dense", "float8", "complex", "narrower"])
-def test_whatever_the_layout_and_the_dtype(device, layout):
+def test_layouts_and_dtypes(device, layout):
     teacher, student = torch.randn(4, 3, 6, 6), torch.randn(4, 3, 6, 6)
     if layout == "channels_last":
         student = student.to(memory_format=torch.channels_last)
@@ -179,19 +182,19 @@ def test_found_inf_where_the_gradients_are(device, dtype):
     teacher = EMANTeacher(network(), 0.5)
     kept = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     for found, step in ((1.0, 0), (torch.nan, 0), (0.0, 1), (3.0, 1)):
-        values = moved(student)
+        values = enqueue_values(student)
         teacher.update(student, found_inf=torch.tensor([found], dtype=dtype).to(device))
         assert teacher.step == step
         if found == 0:
             kept = {n: lerp(kept[n], v, 0.5) if v.is_floating_point() else v for n, v in values.items()}
         for name, tensor in teacher.module.state_dict().items():
             assert_same_bits(tensor, kept[name], name)
-    moved(student)
+    enqueue_values(student)
     eman_update_(teacher.module, student, 0.5, found_inf=torch.ones((), dtype=dtype).to(device))
     assert_same_bits(teacher.module[0].weight, kept["0.weight"])
 
 
-def test_a_momentum_that_lies_with_the_student_is_an_error(device):
+def test_a_momentum_on_the_students_device_is_an_error(device):
     teacher, student = torch.zeros(5), torch.ones(5).to(device)
     match = f"the momentum is on {device} and the teacher on cpu; move it there, or give the momentum as a number"
     with pytest.raises(ValueError, match=match):
@@ -201,59 +204,59 @@ def test_a_momentum_that_lies_with_the_student_is_an_error(device):
     assert (teacher == 0.5).all()
 
 
-def test_what_another_thread_does_while_the_host_waits_comes_too_late(device, monkeypatch):
+def test_writes_of_another_thread_during_the_wait_are_not_seen(device, monkeypatch):
     student, teacher = network().to(device), EMANTeacher(network(), 0.5)
     want = copy.deepcopy(teacher)
-    start, beside = staging._Copy.start, network()
+    start, on_cpu = staging._DeviceCopy.start, network()
 
-    def and_on(its, tensors):
+    def then_enqueue(its, tensors):
         start(its, tensors)
-        moved(student)
+        enqueue_values(student)
 
-    monkeypatch.setattr(staging._Copy, "start", and_on)
+    monkeypatch.setattr(staging._DeviceCopy, "start", then_enqueue)
     for _ in range(2):
-        beside.load_state_dict(moved(student))
+        on_cpu.load_state_dict(enqueue_values(student))
         teacher.update(student)
-        want.update(beside)
+        want.update(on_cpu)
         assert_same_bits(teacher.module[3].weight, want.module[3].weight)
 
 
 def test_several_teachers(device):
-    student, beside = network().to(device), network()
-    teachers, want = (EMANTeachers(beside, [0.5, 0.9], backend=backend) for backend in (None, "reference"))
+    student, on_cpu = network().to(device), network()
+    teachers, want = (EMANTeachers(on_cpu, [0.5, 0.9], backend=backend) for backend in (None, "reference"))
     for _ in range(2):
-        beside.load_state_dict(moved(student))
+        on_cpu.load_state_dict(enqueue_values(student))
         teachers.update(student)
-        want.update(beside)
+        want.update(on_cpu)
     for one, other in zip(teachers.state_dict().values(), want.state_dict().values(), strict=True):
         assert_same_bits(one, other)
     assert copies(device, teachers.update) == (1, 0)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_teacher_elsewhere_and_one_beside_the_student(device, which):
-    student, beside = network().to(device), network()
-    teachers, want = (EMANTeachers(beside, [0.5, 0.9]) for _ in range(2))
+def test_one_teacher_on_the_cpu_and_one_on_the_students_device(device, which):
+    student, on_cpu = network().to(device), network()
+    teachers, want = (EMANTeachers(on_cpu, [0.5, 0.9]) for _ in range(2))
     teachers[which].to(device)
-    beside.load_state_dict(moved(student))
+    on_cpu.load_state_dict(enqueue_values(student))
     teachers.update(student)
-    want.update(beside)
+    want.update(on_cpu)
     for name, tensor in want.state_dict().items():
         assert_same_bits(teachers.state_dict()[name], tensor, name)
     reasons = set(plan_for(teachers[0].module, student).ineligible.values())
     assert reasons == {"its teachers differ in dtypes, devices or ties"}
 
 
-def test_a_student_in_two_places(device):
+def test_a_student_on_two_devices(device):
     student = network()
     teacher = EMANTeacher(network(), 0.5)
     want = copy.deepcopy(teacher)
     student[3].to(device), teacher.module[0].to(device)
     for _ in range(2):
-        beside = network()
-        beside.load_state_dict(moved(student))
+        on_cpu = network()
+        on_cpu.load_state_dict(enqueue_values(student))
         teacher.update(student)
-        want.update(beside)
+        want.update(on_cpu)
         for name, tensor in want.module.state_dict().items():
             assert_same_bits(teacher.module.state_dict()[name], tensor, name)
 
@@ -271,7 +274,7 @@ def test_tied_tensors_are_copied_once(device, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_in_cpu_memory(device, dtype):
-    """As FSDP2's CPUOffloadPolicy leaves them: of one mesh and placement, but in the memory of the host."""
+    """As left by FSDP2's CPUOffloadPolicy: the same mesh and placement, but stored in host memory."""
     tensor = pytest.importorskip("torch.distributed.tensor", reason="torch was built without distributed")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -289,7 +292,7 @@ def test_shards_in_cpu_memory(device, dtype):
         dist.destroy_process_group()
 
 
-def test_a_module_of_ones_own_takes_the_students_values(device):
+def test_a_given_module_takes_the_students_values(device):
     student = network().to(device)
     teacher = EMANTeacher(student, 0.5, module=network())
     for name, tensor in student.state_dict().items():
@@ -309,7 +312,7 @@ def test_swapped_and_back(device):
     teacher.update(student)
 
 
-def test_one_plan_keeps_its_memory(device):
+def test_one_plan_keeps_its_staging_buffers(device):
     student = network().to(device)
     teacher = EMANTeacher(network(), 0.5)
     for _ in range(3):
@@ -319,20 +322,20 @@ def test_one_plan_keeps_its_memory(device):
         assert_same_bits(teacher.module[3].weight, want)
     teacher.rounding = "stochastic"
     teacher.update(student)
-    plans = known.known_networks(teacher.module, student).plans
+    plans = cache.cache_of_networks(teacher.module, student).plans
     assert len(plans) == 2
     teacher.to(device)
     teacher.update(student)
-    plans = known.known_networks(teacher.module, student).plans
-    assert [isinstance(followed.plan, staging.StagedPlan) for followed in plans] == [False, True]
+    plans = cache.cache_of_networks(teacher.module, student).plans
+    assert [cached.plan.staging is not None for cached in plans] == [False, True]
 
 
-def test_memory_is_pinned_where_it_can_be():
+def test_memory_is_pinned_where_possible():
     if LIBRARY is None:
-        assert staging._pinned(100).is_pinned() == torch.cuda.is_available()
+        assert staging._allocate_pinned(100).is_pinned() == torch.cuda.is_available()
 
 
-def test_a_device_without_streams_is_left_to_the_reference(device, monkeypatch):
+def test_a_device_without_streams_uses_the_reference(device, monkeypatch):
     monkeypatch.delattr(getattr(torch, device.type), "Stream")
     teacher, student = nn.Linear(5, 5), nn.Linear(5, 5).to(device)
     want = lerp(teacher.weight.detach(), student.weight.detach().cpu(), 0.5)
@@ -351,7 +354,7 @@ def test_a_captured_graph_is_refused_before_anything_is_written():
     assert_same_bits(teacher.module[0].weight, kept)
     teacher.update(student)
     kept = teacher.module[0].weight.clone()
-    moved(student)
+    enqueue_values(student)
     with refused_in_a_capture("a CUDA graph cannot hold the update of a teacher in CPU memory"):
         teacher.update(student)
     assert_same_bits(teacher.module[0].weight, kept)
@@ -373,8 +376,8 @@ def test_grad_scaler_and_a_fused_optimizer():
     assert all(tensor.isfinite().all() for tensor in teacher.module.parameters())
 
 
-def test_the_extension_is_there_for_what_is_tested(device):
+def test_the_extension_is_available(device):
     if available_backends()["cpu"] is None:
         teacher, student = nn.Linear(5, 5), nn.Linear(5, 5).to(device)
         eman_update_(teacher, student, 0.5)
-        assert [work.backend.NAME for work in plan_for(teacher, student).works] == ["cpu"]
+        assert [backend.NAME for backend, _ in plan_for(teacher, student).works] == ["cpu"]

@@ -1,5 +1,5 @@
-"""What goes wrong outside: checkpoints that are damaged or another's, memory that runs out, and processes that are
-killed. Nothing is changed."""
+"""External failures: damaged or foreign checkpoints, memory that runs out, and killed processes. An update that fails
+changes nothing."""
 
 import io
 import os
@@ -51,7 +51,7 @@ def move(net):
 
 
 def state(module):
-    """Which tensors it holds, what is in them, and the step: nothing of it may change."""
+    """The module's tensors, their values and the step, none of which may change."""
     tensors = [*module.parameters(), *module.buffers()]
     steps = [child.step for child in module.modules() if isinstance(child, EMANTeacher)]
     return [id(tensor) for tensor in tensors], [tensor.detach().clone() for tensor in tensors], steps
@@ -74,7 +74,7 @@ def saved(module):
 
 
 def another_width(teacher, checkpoint):
-    """Its last layers fit, and would be copied before the others are refused."""
+    """The last layers fit, so a naive load would copy them before it refuses the others."""
     wider = MAKERS["several" if isinstance(teacher, EMANTeachers) else "one"](network(width=9))
     wider.update(network(width=9))
     return wider.state_dict()
@@ -93,7 +93,7 @@ def no_tensor(teacher, checkpoint):
 
 
 def a_wrong_step(teacher, checkpoint):
-    """Set first, and refused; what was before it stays."""
+    """The step is loaded first and refused; the previous state stays."""
     name = next(name for name in checkpoint if name.endswith("_extra_state"))
     return checkpoint | {name: torch.tensor(-3)}
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(teacher, student, wrong, 
 
 
 def load(teacher, checkpoint):
-    """As README says. torch.load itself asks for no checksum: it takes a flipped bit for a weight."""
+    """Load as the README recommends: torch.load verifies no checksum and would accept a flipped bit in a weight."""
     assert zipfile.ZipFile(io.BytesIO(checkpoint)).testzip() is None
     teacher.load_state_dict(torch.load(io.BytesIO(checkpoint)))
 
@@ -131,7 +131,7 @@ def test_a_truncated_checkpoint_is_refused(teacher, left):
     assert_state(teacher, before)
 
 
-def test_a_flipped_bit_is_refused_or_without_effect(student):
+def test_a_flipped_bit_is_refused_or_has_no_effect(student):
     teacher = EMANTeacher(student, 0.5)
     teacher.update(student)
     checkpoint, before = saved(teacher), state(teacher)
@@ -141,7 +141,7 @@ def test_a_flipped_bit_is_refused_or_without_effect(student):
         damaged[at] ^= 1 << at % 8
         try:
             load(teacher, damaged)
-        except Exception:  # whatever zipfile, torch and pickle say
+        except Exception:  # zipfile, torch and pickle raise many types
             refused += 1
         assert_state(teacher, before)
     assert refused > 20
@@ -151,7 +151,7 @@ def test_a_flipped_bit_is_refused_or_without_effect(student):
 
 
 class NoMemory(TorchDispatchMode):
-    """The operation of this number finds no memory."""
+    """Run out of memory at the operation with this number."""
 
     def __init__(self, number):
         super().__init__()
@@ -166,9 +166,9 @@ class NoMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("what", ["update", "update with a copy", "several", "swap"])
-def test_no_memory_at_any_operation_of_a_new_plan(student, what):
+def test_out_of_memory_at_any_operation_of_a_new_plan(student, what):
     if reason := available_backends()["cpu"]:
-        pytest.skip(reason)  # torch's operations would be the update itself
+        pytest.skip(reason)  # without it, torch's operations are the update itself
     for number in range(1000):
         if what == "several":
             teacher = EMANTeachers(student, [0.5, 0.9], backend="cpu")
@@ -178,7 +178,7 @@ def test_no_memory_at_any_operation_of_a_new_plan(student, what):
             if cast:
                 teacher(torch.ones(2, 4))
         teacher.update(student)
-        student[0] = nn.Linear(4, 8)  # a plan is made anew
+        student[0] = nn.Linear(4, 8)  # forces a new plan
         move(student)
         before, theirs = state(teacher), state(student)
         try:
@@ -200,26 +200,32 @@ def test_no_memory_at_any_operation_of_a_new_plan(student, what):
         assert [member.step for member in members] == [2] * len(members)
         want = torch.lerp(before[1][0], student[0].weight.detach(), 0.5)
         assert_same_bits(members[0].module[0].weight, want)
-    assert number > 0  # it failed at least once
+    assert number > 0  # at least one operation failed
 
 
 # ---------------------------------------------------------------- processes
 
 STEPS, SAVED, LAST = 8, 3, 5
+TIMEOUT = 6  # seconds that a process waits for the others; far less than that of the World
+
+
+def wait_for_the_others(folder):
+    """Hang until each of the other processes has ended with an error."""
+    while len(list(folder.glob("ended-*"))) < dist.get_world_size() - 1:
+        time.sleep(0.1)
 
 
 def train(folder, resume=False, its_end=""):
-    """Training of several processes, with a checkpoint of the third step. its_end: of the last process, in the midst.
+    """Train in several processes, with a checkpoint at step 3. its_end: how the last process ends during the run.
 
-    Returns what the run ends with, or the error that ends it and how many timeouts were waited for it.
+    Returns the final state, or the error that ended the run.
     """
-    timeout = timedelta(seconds=6)
-    student = DistributedDataParallel(network(), process_group=dist.new_group(timeout=timeout))
+    student = DistributedDataParallel(network(), process_group=dist.new_group(timeout=timedelta(seconds=TIMEOUT)))
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
     teacher = EMANTeacher(student, 0.9, sync_buffers="mean")
     everything = {"student": student.module, "optimizer": optimizer, "teacher": teacher}
     rank = dist.get_rank()
-    # DDP orders the gradients anew after its first pass, and others come to be summed first.
+    # DDP reorders its gradient buckets after the first pass, which changes the order of the sums.
     student(torch.ones(6, 4)).sum().backward()
     optimizer.zero_grad()
     if resume:
@@ -234,27 +240,35 @@ def train(folder, resume=False, its_end=""):
         optimizer.zero_grad()
         if its_end and step == LAST and rank == dist.get_world_size() - 1:
             if its_end == "it hangs":
-                time.sleep(1.3 * timeout.total_seconds())
+                wait_for_the_others(folder)
             os.kill(os.getpid(), signal.SIGKILL)
-        before, began = state(teacher), time.monotonic()
+        before = state(teacher)
         try:
             teacher.update(student)
         except RuntimeError as error:
             assert_state(teacher, before)
             assert teacher.step == LAST
-            return str(error), (time.monotonic() - began) / timeout.total_seconds()
+            (folder / f"ended-{rank}").touch()
+            return str(error)
         if teacher.step == SAVED and rank == 0:
             torch.save({name: its.state_dict() for name, its in everything.items()}, folder / "checkpoint")
     return teacher.step, state(teacher)[1], state(student.module)[1]
 
 
-@pytest.mark.parametrize("its_end", ["it is killed", "it hangs"])
-def test_a_process_that_dies_ends_in_an_error_in_the_others_and_the_run_is_resumed(tmp_path, its_end):
-    if reason := why_none("gloo", 4):
+@pytest.mark.parametrize(
+    ("its_end", "size"),
+    [
+        ("it is killed", 2),
+        pytest.param("it is killed", 4, marks=pytest.mark.slow),
+        pytest.param("it hangs", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_if_a_process_dies_the_others_raise_and_the_run_can_be_resumed(tmp_path, its_end, size):
+    if reason := why_none("gloo", size):
         pytest.skip(reason)
     for folder in ("first", "second", "never killed"):
         (tmp_path / folder).mkdir()
-    first = World("gloo", 4, tmp_path / "first")
+    first = World("gloo", size, tmp_path / "first")
     try:
         *others, last = first.answers(train, tmp_path, False, its_end)
     finally:
@@ -262,12 +276,10 @@ def test_a_process_that_dies_ends_in_an_error_in_the_others_and_the_run_is_resum
     assert last == (False, "the process has gone")
     for fine, answer in others:
         assert fine, answer
-        error, waited = answer
-        assert "imed out" in error or ("by peer" in error and its_end == "it is killed")
-        assert waited < 1.3
+        assert f"imed out waiting {1000 * TIMEOUT}ms" in answer or ("by peer" in answer and its_end == "it is killed")
     if its_end == "it hangs":
         return
-    second = World("gloo", 4, tmp_path / "second")
+    second = World("gloo", size, tmp_path / "second")
     try:
         resumed = second.run(train, tmp_path, True)
         whole = second.run(train, tmp_path / "never killed")

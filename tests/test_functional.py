@@ -1,4 +1,4 @@
-"""eman_update_ and ema_update_: against the published loop, what they remember, and their errors."""
+"""eman_update_ and ema_update_: against the published loop, their plan cache, and their errors."""
 
 import copy
 import gc
@@ -12,7 +12,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import eman_kernels
-from eman_kernels import ema_update_, eman_update_, functional, plan_for, watch
+from eman_kernels import ema_update_, eman_update_, plan_for
+from eman_kernels.networks import guards
+from eman_kernels.update import eager
+from eman_kernels.update.arguments import make_arguments
 
 
 def perturbed(model):
@@ -42,14 +45,16 @@ def test_a_whole_resnet_against_torch_lerp_and_the_published_formula(backend):
         assert_same_bits(tensor, lerp(before[name], followed[name], 0.999), name)
         published = before[name] * 0.999 + followed[name] * (1.0 - 0.999)
         ulp = torch.finfo(torch.float32).eps * torch.maximum(before[name].abs(), followed[name].abs())
-        assert ((tensor - published).abs() <= ulp).all(), f"{name}: more than about an ulp from the published loop"
+        assert ((tensor - published).abs() <= ulp).all(), (
+            f"{name}: differs from the published loop by more than about an ulp"
+        )
     if backend == "cpu":
         assert "320 tensors" in plan_for(teacher, student).describe()
         assert not plan_for(teacher, student).ineligible
 
 
-def test_the_published_loop_drifts_where_this_update_rests():
-    """A teacher that equals its student: m t + (1 - m) s moves many elements, t + (1 - m)(s - t) none."""
+def test_the_published_loop_drifts_where_this_update_does_not():
+    """For a teacher equal to its student, m t + (1 - m) s changes many elements and t + (1 - m)(s - t) none."""
     student = torch.rand(100_000) + 0.5
     teacher = student.clone()
     ema_update_([teacher], [student], 0.999)
@@ -82,10 +87,9 @@ def test_networks_and_their_plan_are_not_kept_alive():
     assert plan() is None
 
 
-def test_a_list_remembers_its_plan(monkeypatch):
-    plans = []
-    monkeypatch.setattr(functional, "Plan", lambda *args, **options: plans.append(real(*args, **options)) or plans[-1])
-    real = eman_kernels.plan.Plan
+def test_the_plan_of_a_list_is_cached(monkeypatch):
+    plans, real = [], eager.Plan
+    monkeypatch.setattr(eager, "Plan", lambda *args: plans.append(real(*args)) or plans[-1])
     teachers, students = [torch.zeros(3), torch.zeros(4)], [torch.ones(3), torch.ones(4)]
     for _ in range(3):
         ema_update_(teachers, students, 0.5)
@@ -130,14 +134,14 @@ def test_momentum_out_of_range(momentum):
     assert (teacher == 0).all()
 
 
-def test_momentum_that_is_no_number():
+def test_momentum_of_a_wrong_type():
     teacher, student = [torch.zeros(1)], [torch.ones(1)]
     with pytest.raises(TypeError, match=r"a number in .*not a str"):
         ema_update_(teacher, student, "0.5")
     for tensor in (torch.ones(1), torch.tensor(1), torch.tensor(0.5, dtype=torch.float16)):
-        with pytest.raises(TypeError, match=r"must be 0-d and of float32 or float64, and is torch\.\w+ of shape"):
+        with pytest.raises(TypeError, match=r"must be 0-d and float32 or float64, but it is torch\.\w+ of shape"):
             ema_update_(teacher, student, tensor)
-    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], and is 1.5"):
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], but is 1.5"):
         ema_update_(teacher, student, torch.tensor(1.5))
     with pytest.raises(ValueError, match=r"momentum is on meta and the teacher on cpu; move it there"):
         ema_update_(teacher, student, torch.tensor(0.5, device="meta"))
@@ -161,7 +165,7 @@ def test_a_teacher_that_requires_grad_is_updated_without_a_graph(backend):
 
 
 def test_autograd_notices_the_update():
-    """A backward pass that needs the old teacher raises, as after any in-place operation of torch."""
+    """A backward pass that needs the old teacher raises, as after any in-place operation."""
     teacher, student = torch.randn(3), torch.randn(3)
     x = torch.randn(3, requires_grad=True)
     loss = (x * teacher).sum()
@@ -171,7 +175,7 @@ def test_autograd_notices_the_update():
 
 
 def test_a_default_device_changes_nothing():
-    """Tables that the host reads stay on the host."""
+    """Tables that the host reads stay in host memory."""
     student = nn.Linear(300, 300)
     teacher = eman_kernels.EMANTeacher(student, momentum=0.0)
     with torch.no_grad():
@@ -215,8 +219,8 @@ def test_lists_of_different_length_or_shape():
     ema_update_([], [], 0.5)
 
 
-def test_no_walk_and_no_state_dict_in_a_step(monkeypatch):
-    """From the second update on, nothing walks the module tree and no operation of torch runs."""
+def test_a_step_walks_no_modules_and_calls_no_state_dict(monkeypatch):
+    """From the second update on, no code walks the module tree and no torch operation runs."""
     teacher, student = torchvision.models.resnet18().requires_grad_(False), torchvision.models.resnet18()
     eman_update_(teacher, student, 0.9)
 
@@ -227,11 +231,13 @@ def test_no_walk_and_no_state_dict_in_a_step(monkeypatch):
         monkeypatch.setattr(nn.Module, name, forbidden)
     with profiled(torch.profiler.ProfilerActivity.CPU) as profile:
         eman_update_(teacher, student, 0.9)
-    if eman_kernels.available_backends()["cpu"] is None and watch._reads_torch:  # torch 2.6 and 2.7 are asked in Python
+    if (
+        eman_kernels.available_backends()["cpu"] is None and guards._extension_reads_torch
+    ):  # torch 2.6 and 2.7 are queried from Python
         assert [event.key for event in profile.key_averages() if event.key.startswith("aten::")] == []
 
 
-@pytest.mark.filterwarnings("default")  # torch.compile tries what warns, and hides it
+@pytest.mark.filterwarnings("default")  # torch.compile triggers warnings internally
 def test_inside_compiled_code():
     teacher, student = nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
     keeper = eman_kernels.EMANTeacher(student, momentum=0.0)
@@ -252,7 +258,7 @@ def test_inside_compiled_code():
     assert keeper.step == 3
 
 
-def test_options_that_are_none():
+def test_bad_options():
     teacher, student = torch.zeros(3), torch.ones(3)
     meta = torch.zeros((), device="meta", dtype=torch.int64)
     for options, error, words in (
@@ -260,7 +266,7 @@ def test_options_that_are_none():
         (
             {"rounding": "stochastic", "step": torch.tensor(1.0)},
             TypeError,
-            r"step .* 0-d and of int64, and is torch.float32",
+            r"step .* 0-d and int64, but it is torch.float32",
         ),
         ({"nonfinite": "skip", "skipped": torch.zeros(2)}, TypeError, r"skipped .* torch.float32 of shape \(2,\)"),
         (
@@ -278,16 +284,16 @@ def test_options_that_are_none():
         ema_update_([teacher], [student], torch.zeros((), device="meta"))
 
 
-def test_found_inf_is_what_the_kernels_read():
-    """float32 and 0-d, whatever it was; GradScaler's own is taken as it is."""
-    tiny = torch.tensor(1e-300, dtype=torch.float64)  # 0 in float32
+def test_found_inf_is_converted_for_the_kernels():
+    """Converted to 0-d float32; GradScaler's tensor is used unchanged."""
+    tiny = torch.tensor(1e-300, dtype=torch.float64)  # becomes 0 in float32
     for given in (torch.tensor(True), torch.tensor([2]), torch.tensor(1.0, dtype=torch.float64), tiny):
-        found_inf = functional.call_of([0.5], given).found_inf
+        found_inf = make_arguments([0.5], given).found_inf
         assert (found_inf.dtype, found_inf.dim(), bool(found_inf)) == (torch.float32, 0, True)
     with FakeTensorMode():
         without_memory = torch.zeros(())
     for name in ("found_inf", "momentum"):
-        with pytest.raises(TypeError, match=rf"the {name} must be a torch.Tensor, .* is a .*FakeTensor"):
+        with pytest.raises(TypeError, match=rf"the {name} must be a plain torch.Tensor, .* not a .*FakeTensor"):
             ema_update_([torch.zeros(2)], [torch.ones(2)], **{"momentum": 0.5, name: without_memory})
     own = torch.tensor(0.0)
-    assert functional.call_of([0.5], own).found_inf.data_ptr() == own.data_ptr()
+    assert make_arguments([0.5], own).found_inf.data_ptr() == own.data_ptr()

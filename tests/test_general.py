@@ -1,4 +1,4 @@
-"""What an update can be beside one teacher rounded to nearest, on every backend, against torch and the reference."""
+"""The general update, with every option, on every backend, against torch and the reference."""
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ from conftest import (
     work_of,
 )
 
-from eman_kernels import backends, ema_update_, plan, swapped
+from eman_kernels import backends, ema_update_, swapped
 from eman_kernels.backends import reference
-from eman_kernels.call import Call
-from eman_kernels.pairing import Pair
+from eman_kernels.backends.interface import Arguments
+from eman_kernels.networks.pairing import Pair
+from eman_kernels.plan import chunks
 
 HALF_PAIRS = [pair for pair in EMA_PAIRS if pair[0] in (torch.bfloat16, torch.float16)]
 FLOAT_PAIRS = [pair for pair in EMA_PAIRS if pair[0] == torch.float32]
@@ -34,7 +35,7 @@ def name_of(dtypes):
 
 
 def sizes(backend, device):
-    """The interpreter takes a millisecond an element of these."""
+    """Fewer and smaller for the interpreter, which takes a millisecond per element here."""
     return [0, 1, 17, 2063] if is_interpreted(backend, device) else SIZES
 
 
@@ -59,8 +60,8 @@ def test_stochastic_rounding_gives_the_references_bits(backend_and_device, dtype
             assert t.intact()
 
 
-def test_stochastic_rounding_draws_anew_by_seed_step_and_tensor(backend_and_device):
-    """And leaves tensors that are no half as they would be."""
+def test_stochastic_rounding_depends_on_seed_step_and_tensor(backend_and_device):
+    """Tensors in full precision are not affected."""
     backend, device = backend_and_device
     students = [torch.full((1000,), 1 / 3, device=device) for _ in range(3)]
 
@@ -79,14 +80,16 @@ def test_stochastic_rounding_draws_anew_by_seed_step_and_tensor(backend_and_devi
 
 
 @pytest.mark.parametrize("first", [1 << 35, (1 << 35) - 1024, 1 << 60], ids=hex)
-def test_elements_past_the_first_2_to_the_35(backend_and_device, first):
-    """Where the number of a group of eight takes more than 32 bits."""
+def test_elements_beyond_the_first_2_to_the_35(backend_and_device, first):
+    """The index of a group of eight needs more than 32 bits."""
     backend, device = backend_and_device
     student, teachers = torch.full((2048,), 1 / 3, device=device), []
-    for module in (backends._BACKENDS[backend], reference):
+    for module in (backends.BACKENDS[backend], reference):
         teachers.append(torch.zeros(2048, dtype=torch.float16, device=device))
         pair = Pair("", teachers[-1], student, "ema", first=first)
-        module.run(work_of([pair], module, device, stochastic=True), Call([0.5], seed=1, step=2), tensors_of([pair]))
+        module.run(
+            work_of([pair], module, device, rounding="stochastic"), Arguments([0.5], seed=1, step=2), tensors_of([pair])
+        )
     assert torch.equal(*teachers)
     assert 0.2 < (teachers[0] == teachers[0].max()).float().mean() < 0.8
 
@@ -104,7 +107,7 @@ def test_cast(backend_and_device, dtypes, low, offset):
             casts.append(Guarded(torch.zeros(size, dtype=low), offset, device))
             name = f"{rule} {size}"
             pairs.append(Pair(name, teacher.to(device), student.to(device), rule, cast=casts[-1].tensor))
-    update(backend, pairs, Call([0.9]))
+    update(backend, pairs, Arguments([0.9]))
     for pair, cast, want in zip(pairs, casts, expected, strict=True):
         comparison(backend, device, pair.student.dtype)(pair.teacher, want, pair.name)
         comparison(backend, device, pair.student.dtype, low)(cast.tensor, want.to(low), pair.name)
@@ -136,7 +139,7 @@ def test_skip_nonfinite_where_floats_are_copied(backend_and_device, dtype):
     teachers, students = torch.zeros(1009, dtype=dtype, device=device), values(1009, dtype).to(device)
     keep = ~students.isfinite()
     skipped = torch.zeros((), dtype=torch.int64, device=device)
-    update(backend, [Pair("", teachers, students, "copy")], Call([0.5], skipped=skipped), skip_nonfinite=True)
+    update(backend, [Pair("", teachers, students, "copy")], Arguments([0.5], skipped=skipped), nonfinite="skip")
     comparison(backend, device, dtype)(teachers, torch.where(keep, 0, students))
     assert skipped == keep.sum() > 0
 
@@ -145,7 +148,7 @@ def test_skip_nonfinite_copies_integers(backend_and_device):
     backend, device = backend_and_device
     integers = torch.arange(-100, 100, device=device)
     teacher, skipped = torch.zeros_like(integers), torch.tensor(0, device=device)
-    update(backend, [Pair("", teacher, integers, "copy")], Call([0.5], skipped=skipped), skip_nonfinite=True)
+    update(backend, [Pair("", teacher, integers, "copy")], Arguments([0.5], skipped=skipped), nonfinite="skip")
     assert torch.equal(teacher, integers)
     assert skipped == 0
 
@@ -169,10 +172,10 @@ def test_several_teachers(backend_and_device, n_teachers, on_device):
         counter = torch.arange(5, device=device)
         pairs.append(Pair("counter", torch.zeros_like(counter), counter, "copy", group))
         expected.append(counter)
-    # One student for all, and not a copy of it each.
+    # All teachers have the same student tensors, not copies.
     shared = {pair.name: pair.student for pair in pairs}
     pairs = [Pair(pair.name, pair.teacher, shared[pair.name], pair.rule, pair.group) for pair in pairs]
-    call = Call(momenta if on_device is None else torch.tensor(momenta, dtype=on_device, device=device))
+    call = Arguments(momenta if on_device is None else torch.tensor(momenta, dtype=on_device, device=device))
     update(backend, pairs, call)
     for pair, want in zip(pairs, expected, strict=True):
         assert_same_bits(pair.teacher, want, f"{pair.name} of teacher {pair.group}")
@@ -182,9 +185,9 @@ def test_the_first_of_several_teachers_is_rounded_as_if_alone(backend_and_device
     backend, device = backend_and_device
     student = torch.randn(3000, device=device)
     alone, *several = (torch.zeros(3000, dtype=torch.bfloat16, device=device) for _ in range(4))
-    update(backend, [Pair("", alone, student, "ema")], Call([0.5], seed=3, step=4), stochastic=True)
+    update(backend, [Pair("", alone, student, "ema")], Arguments([0.5], seed=3, step=4), rounding="stochastic")
     pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(several)]
-    update(backend, pairs, Call([0.5, 0.5, 0.5], seed=3, step=4), stochastic=True)
+    update(backend, pairs, Arguments([0.5, 0.5, 0.5], seed=3, step=4), rounding="stochastic")
     assert torch.equal(several[0], alone)
     assert not torch.equal(several[1], alone)
 
@@ -192,7 +195,7 @@ def test_the_first_of_several_teachers_is_rounded_as_if_alone(backend_and_device
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("found", [0.0, 1.0, float("nan")])
 def test_found_inf(backend_and_device, general, found):
-    """Read by the kernel itself, wherever it lies."""
+    """The kernel reads it, on whichever device it is stored."""
     backend, device = backend_and_device
     teacher, student = torch.zeros(20_000, device=device), torch.ones(20_000, device=device)
     student[7] = torch.inf
@@ -200,7 +203,12 @@ def test_found_inf(backend_and_device, general, found):
     counters = [torch.tensor([n], device=device) for n in (3, 900)]
     skipped = torch.zeros((), dtype=torch.int64, device=device)
     pairs = [Pair("t", teacher, student, "ema", cast=cast), Pair("c", *counters, "copy")]
-    update(backend, pairs, Call([0.75], torch.tensor(found, device=device), skipped=skipped), skip_nonfinite=general)
+    update(
+        backend,
+        pairs,
+        Arguments([0.75], torch.tensor(found, device=device), skipped=skipped),
+        nonfinite="skip" if general else "propagate",
+    )
     if found == 0.0:
         assert teacher[0] == 0.25
         assert counters[0] == 900
@@ -254,8 +262,8 @@ def test_swapped_is_a_context_that_restores(backend_and_device):
     hold(*before)
 
 
-def test_all_at_once(backend_and_device):
-    """Two half teachers, rounded at random, of a student with NaNs; momenta, step and found_inf on the device."""
+def test_all_options_together(backend_and_device):
+    """Two half-precision teachers, rounded stochastically; NaNs; momenta, step and found_inf on the device."""
     backend, device = backend_and_device
     student = values(5_000, torch.float32).to(device)
     starts = [torch.randn(5_000).to(device, torch.bfloat16) for _ in range(2)]
@@ -264,38 +272,38 @@ def test_all_at_once(backend_and_device):
         teachers = [start.clone() for start in starts]
         skipped = torch.zeros((), dtype=torch.int64, device=device)
         momenta = torch.tensor([0.9, 0.99], device=device)
-        call = Call(momenta, torch.zeros((), device=device), 11, torch.tensor(12, device=device), skipped)
+        call = Arguments(momenta, torch.zeros((), device=device), 11, torch.tensor(12, device=device), skipped)
         pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(teachers)]
-        update(name, pairs, call, stochastic=True, skip_nonfinite=True)
+        update(name, pairs, call, rounding="stochastic", nonfinite="skip")
         results.append([*teachers, skipped])
     for got, want in zip(*results, strict=True):
         assert_same_bits(got, want)
     assert results[0][2] == (~student.isfinite()).sum()
 
 
-def test_teachers_that_differ_are_left_to_the_reference():
+def test_teachers_that_differ_use_the_reference():
     student = torch.ones(100)
     teachers = [torch.zeros(100), torch.zeros(100, dtype=torch.bfloat16)]
     made, tensors = planned([Pair("w", teacher, student, "ema", group) for group, teacher in enumerate(teachers)])
     assert made.ineligible == {"w": "its teachers differ in dtypes, devices or ties"}
-    made.run(Call([0.75, 0.5]), tensors)
+    made.run(Arguments([0.75, 0.5]), tensors)
     assert (teachers[0] == 0.25).all()
     assert (teachers[1] == 0.5).all()
-    # The second ties two tensors that the first does not: three teacher tensors of two.
+    # The second teacher ties two tensors that the first does not.
     one, two, tied = (torch.zeros(100) for _ in range(3))
     pairs = [Pair("a", one, student, "ema"), Pair("b", two, student, "ema")]
     made, tensors = planned([*pairs, Pair("a", tied, student, "ema", 1), Pair("b", tied, student, "ema", 1)])
     assert list(made.ineligible) == ["b"]
-    made.run(Call([0.75, 0.5]), tensors)
+    made.run(Arguments([0.75, 0.5]), tensors)
     assert (one[0], two[0], tied[0]) == (0.25, 0.25, 0.5)
 
 
-def test_a_table_of_several_teachers_keeps_a_piece_of_the_student_together():
-    lengths = [plan.CHUNK_SIZE + 3, 10, 3 * plan.CHUNK_SIZE, plan.CHUNK_SIZE]
+def test_chunks_of_one_student_piece_are_adjacent_in_the_table():
+    lengths = [chunks.CHUNK_SIZE + 3, 10, 3 * chunks.CHUNK_SIZE, chunks.CHUNK_SIZE]
     students = [torch.zeros(size) for size in lengths]
     pairs = [Pair(str(i), torch.zeros(len(s)), s, "ema", group) for group in range(3) for i, s in enumerate(students)]
     pairs.sort(key=lambda pair: pair.name)
-    table = plan.table(pairs, 3).view(-1, 3, 4)
+    table = chunks.build_table(pairs, 3).view(-1, 3, 4)
     assert len(table) == 2 + 1 + 3 + 1
     assert (table[:, :, 1] == table[:, :1, 1]).all()
     assert (table[:, :, 3] == table[:, :1, 3]).all()
@@ -304,5 +312,5 @@ def test_a_table_of_several_teachers_keeps_a_piece_of_the_student_together():
         for group, (teacher, *_) in enumerate(piece):
             start = max(address for address in by_start if address <= teacher)
             assert by_start[start] == group
-    # Every student element is in one piece.
+    # Every student element is in exactly one piece.
     assert sum(packed & 0xFFFFFFFF for packed in table[:, 0, 3].tolist()) == sum(lengths)

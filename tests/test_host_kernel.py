@@ -1,4 +1,4 @@
-"""The source of both kernels, CUDA's and the CPU's, compiled as host C++ and run under AddressSanitizer and UBSan."""
+"""The sources of the CUDA and CPU kernels, compiled as host C++ and run under AddressSanitizer and UBSan."""
 
 import os
 import shutil
@@ -22,13 +22,13 @@ from conftest import (
 )
 
 from eman_kernels.backends import reference
-from eman_kernels.call import Call
-from eman_kernels.pairing import Pair
-from eman_kernels.plan import COPY_CODES, PAIR_CODES
+from eman_kernels.backends.interface import Arguments
+from eman_kernels.networks.pairing import Pair
+from eman_kernels.plan.chunks import COPY_CODES, PAIR_CODES
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
-# The library's own fmaf is exact, so no -mfma is needed. The kernel passes memory through words of another type.
+# No -mfma: the fmaf of the C library is exact. -fno-strict-aliasing: the kernels access memory through other types.
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fopenmp", "-DEMAN_NO_CLONES"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 MILLION = 1_000_000
@@ -68,8 +68,10 @@ def host_kernel(tmp_path_factory):
 
 
 def run(program, kernel, cases, momentum):
-    """cases: (pair code, teacher, student, offsets in bytes). Each one's teachers with their copies; the students; and
-    how many elements were skipped. A case's elements are numbered from a million times its place."""
+    """Returns each case's teachers with their low-precision copies, the students, and the number of skipped elements.
+
+    cases: (pair code, teacher, student, offsets in bytes). The elements of case i are numbered from i million on.
+    """
     data = struct.pack("dI", momentum, len(cases))
     for i, (code, teacher, student, offsets) in enumerate(cases):
         sizes = teacher.numel(), teacher.element_size(), student.element_size()
@@ -100,14 +102,14 @@ def run(program, kernel, cases, momentum):
 
 @cache
 def every_case():
-    """Every pair, size and alignment; and what is not finite against everything."""
+    """Every pair, size and alignment, and non-finite values combined with all kinds of values."""
     return list(_every_case())
 
 
 def _every_case():
     for size in SIZES:
         for dtypes in EMA_PAIRS:
-            # malloc gives multiples of 16: a whole number of elements past it, for one tensor, the other, both.
+            # malloc returns multiples of 16. The offsets are whole elements: of one tensor, the other, or both.
             for offsets in ((0, 0), (1, 0), (0, 1), (3, 3)):
                 in_bytes = [o * d.itemsize for o, d in zip(offsets, dtypes, strict=True)]
                 yield PAIR_CODES[("ema", *dtypes)], values(size, dtypes[0]), values(size, dtypes[1]), in_bytes
@@ -136,9 +138,10 @@ def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
         assert_same_bits(got, want, f"{kernel}, pair {code}, {len(want)} elements, offsets {offsets}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("in_flight", "threads"), [(2, 256), (4, 512)])
 def test_more_pairs_in_flight_and_more_threads(tmp_path, in_flight, threads):
-    """What benchmarks/variants.py builds."""
+    """The variants that benchmarks/variants.py builds."""
     flags = [f"-DEMAN_IN_FLIGHT={in_flight}", f"-DEMAN_THREADS={threads}"]
     program = build(tmp_path, HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp", flags=flags)
     cases = every_case()
@@ -148,8 +151,8 @@ def test_more_pairs_in_flight_and_more_threads(tmp_path, in_flight, threads):
         assert_same_bits(got, want, f"pair {code}, {len(want)} elements, offsets {offsets}")
 
 
-def test_a_launch_is_blamed_for_its_own_error_only(tmp_path):
-    """An error is thrown once, and left for nobody; the caller's device stays."""
+def test_a_launch_reports_only_its_own_error(tmp_path):
+    """An error is thrown once and then cleared, and the current device is restored."""
     flags = ["-DEMAN_WITH_CUDA", "-x", "c++"]
     done = subprocess.run([build(tmp_path, HERE / "host_launch.cpp", flags=flags)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -168,7 +171,7 @@ def test_a_launch_is_blamed_for_its_own_error_only(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["cuda-general", "cpu-general"])
 def test_the_general_kernels(host_kernel, kernel):
-    """Two teachers, rounded at random, NaNs skipped, and copies written: as the reference does it."""
+    """Two teachers, stochastic rounding, skipped NaNs and low-precision copies give the bits of the reference."""
     momentum, averages = 0.97, max(PAIR_CODES.values())
     cases = every_case()
     teachers, _, n_skipped = run(host_kernel, kernel, cases, momentum)
@@ -184,8 +187,8 @@ def test_the_general_kernels(host_kernel, kernel):
             cast = cast if code <= 2 else None
             pairs.append(Pair("", t, student, rule, group, cast, first=i * MILLION))
     skipped = torch.zeros((), dtype=torch.int64)
-    work = work_of(pairs, reference, torch.device("cpu"), 2, stochastic=True, skip_nonfinite=True)
-    reference.run(work, Call([momentum, 0.25], seed=1, step=2, skipped=skipped), tensors_of(pairs))
+    work = work_of(pairs, reference, torch.device("cpu"), 2, rounding="stochastic", nonfinite="skip")
+    reference.run(work, Arguments([momentum, 0.25], seed=1, step=2, skipped=skipped), tensors_of(pairs))
     for case, got, want in zip(cases, teachers, expected, strict=True):
         for k in range(2):
             what = f"{kernel}, teacher {k}, pair {case[0]}, {case[1].numel()} elements, offsets {case[3]}"
@@ -205,8 +208,8 @@ def test_swap(host_kernel, kernel):
 
 
 @pytest.mark.parametrize("kernel", ["cuda", "cpu", "cuda-general", "cpu-general", "cuda-swap", "cpu-swap"])
-def test_the_sanitizers_see_an_access_outside_of_a_tensor(host_kernel, kernel):
-    """That they do see: a case that claims one element more than the student has."""
+def test_the_sanitizers_detect_an_access_outside_of_a_tensor(host_kernel, kernel):
+    """A case that claims one element more than the student has."""
     teacher, student = torch.zeros(1000), torch.ones(1000)
     code = COPY_CODES[4] if "swap" in kernel else PAIR_CODES["ema", torch.float32, torch.float32]
     data = struct.pack("dI", 0.5, 1) + struct.pack("6IQ", code, 1000, 4, 2, 0, 0, 0)

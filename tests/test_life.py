@@ -1,7 +1,7 @@
-"""A teacher's life: random networks, any events in any order, and after each the next update against a plain model.
+"""The life of a teacher: random networks and random events, with each update compared to a simple model.
 
-After each event an update is right, or an error that names its cause and has written nothing; and nothing outside its
-teacher was written. EMAN_KERNELS_FUZZ=N runs N steps instead of the 10,000 of `make test`, other ones each time.
+After each event an update is either right, or raises an error that names the cause and writes nothing. Nothing outside
+the teacher is ever written. EMAN_KERNELS_FUZZ=N runs N random steps, different ones each time, instead of fixed ones.
 """
 
 import copy
@@ -25,7 +25,8 @@ from torch import nn
 from eman_kernels import EMANTeacher, EMANTeachers, eman_update_
 from eman_kernels.backends import cpu
 
-STEPS = int(os.environ.get("EMAN_KERNELS_FUZZ", 10_000))
+FUZZ = os.environ.get("EMAN_KERNELS_FUZZ")
+STEPS = [int(FUZZ)] if FUZZ else [2_000, pytest.param(10_000, marks=pytest.mark.slow)]
 STEPS_OF_A_LIFE = 50
 REFUSALS = (ValueError, RuntimeError, TypeError)
 BACKENDS = [None, "foreach", "reference"] + ["cpu"] * (cpu.unavailable("cpu") is None)
@@ -45,7 +46,7 @@ OPTIONS = st.fixed_dictionaries(
     },
 )
 WHO = st.sampled_from(["student", "teacher", "all"])
-# Without it the processes exchange what they have, and gloo does not know every dtype; torch 2.6 has it not.
+# Without init_sync, DDP broadcasts the tensors, and gloo does not support every dtype. torch 2.6 lacks the option.
 DDP_IS_LOCAL = "init_sync" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
 PICK = st.integers(0, 1000)
 
@@ -66,7 +67,7 @@ def place(tensor):
 
 
 def whole(tensor):
-    """All bytes of its memory, whatever it is; eight at a time where it can be, which is faster to compare."""
+    """All bytes of its storage, as int64 if possible, which is faster to compare."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8 if storage.nbytes() % 8 else torch.int64).set_(storage)
 
@@ -80,7 +81,7 @@ def at_least_float32(tensor):
 
 
 def expected(t, s, how, momentum, skips):
-    """(the value, or the average before it is rounded at random)."""
+    """The expected value; with stochastic rounding, the average before rounding."""
     if how == "skip":
         return t.clone()
     if how == "copy":
@@ -104,9 +105,9 @@ def within_an_ulp(got, nearest):
 
 
 class Life(RuleBasedStateMachine):
-    """One student and the teachers that follow it."""
+    """One student and its teachers."""
 
-    steps = 0  # of all lives
+    steps = 0  # over all examples
     updates = 0
     refusals = 0
 
@@ -117,9 +118,9 @@ class Life(RuleBasedStateMachine):
         for i, block in enumerate(blocks):
             block(self.student, f"b{i}")
         self.keepers = [EMANTeacher(self.student, 0.5)]
-        self.past = []  # memory that no network holds any more, and what was in it
+        self.past = []  # memory that no network uses any more, and its contents
 
-    # ------------------------------------------------------------ what the rules share
+    # ------------------------------------------------------------ shared by the rules
 
     def core(self):
         net = self.student
@@ -149,7 +150,7 @@ class Life(RuleBasedStateMachine):
         return [whole(tensor) for net in nets for tensor in named(net).values()]
 
     def bury(self, memory):
-        """What of this memory no network holds any more is watched from now on."""
+        """From now on, check that memory of these that no network uses any more is not written."""
         living = {tensor.untyped_storage().data_ptr() for tensor in self.everything()}
         dead = {m.data_ptr(): m for m in memory if m.numel() and m.data_ptr() not in living}
         self.past = [(m, was) for m, was in self.past if m.data_ptr() not in living]
@@ -168,7 +169,7 @@ class Life(RuleBasedStateMachine):
         return "ema"
 
     def plan(self, members):
-        """What is to come of an update: for each member its pairs; why it must be refused; whether it may be."""
+        """What an update should do: the pairs per member, the reasons why it must be refused, and whether it may be."""
         students = by_name(self.student)
         buffers = {id(b) for b in self.core().buffers()}
         pairs, must, may = [], [], False
@@ -199,11 +200,11 @@ class Life(RuleBasedStateMachine):
                     must.append(name)
                 tied = written.setdefault(t.data_ptr(), (k, place(t), place(s), how, name))
                 if tied[:4] != (k, place(t), place(s), how):
-                    may = True  # ties that the student has not, or of other shapes
+                    may = True  # ties that the student lacks, or ties between different shapes
             pairs.append(its)
             grads = [[p.requires_grad for p in net.parameters()] for net in (member.module, self.core())]
             if all(grads[0]) and not any(grads[1]):
-                may = True  # the wrong way round: asked when a plan is made
+                may = True  # arguments in the wrong order are detected at planning
         return pairs, must, may
 
     def check_update(self, keeper, momentum=None, found_inf=None, by_function=False):
@@ -274,7 +275,7 @@ class Life(RuleBasedStateMachine):
             keeper.update(self.student, momentum=momentum, found_inf=found_inf)
 
     def follow(self, pick):
-        """The next update, of one keeper."""
+        """Update one keeper and check the result."""
         Life.steps += 1
         if self.keepers:
             self.check_update(self.keepers[pick % len(self.keepers)], by_function=pick % 3 == 0)
@@ -294,7 +295,7 @@ class Life(RuleBasedStateMachine):
             else:
                 keeper = EMANTeachers(self.student, momenta, **{k: v for k, v in options.items() if k != "momentum"})
         except ValueError as error:
-            assert "is no narrower" in str(error)  # noqa: PT017
+            assert "is not narrower" in str(error)  # noqa: PT017
             keeper = EMANTeacher(self.student)
         self.keepers.append(keeper)
         self.follow(len(self.keepers) - 1)
@@ -304,7 +305,7 @@ class Life(RuleBasedStateMachine):
         if event in STRUCTURAL and pick % 4:
             who = "all"
         nets = self.nets(who, pick)
-        memory = self.remember(nets) if pick % 2 else []  # else it may be given to the next that asks
+        memory = self.remember(nets) if pick % 2 else []  # otherwise the memory may be reused
         for net in nets:
             torch.manual_seed(pick)
             event(net, pick)
@@ -344,7 +345,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.keepers)
     @rule(pick=PICK, of_the_student=st.booleans())
     def another_module(self, pick, of_the_student):
-        """With `cast=` too: what was of the old one is not written."""
+        """Replace the teacher's module, with `cast=` too. The old one is not written."""
         members = self.members()
         member = members[pick % len(members)]
         memory = self.remember([member.module])
@@ -357,7 +358,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda net: pickle_or_copy(net)]), pick=PICK)
     def another_student(self, how, pick):
-        """The old one is collected: the new one, or its tensors, may well get its place."""
+        """Replace the student. The old one is freed, so the new one or its tensors may get the same addresses."""
         memory = self.remember([self.core()]) if pick % 2 else []
         self.student = how(self.core())
         if pick % 8 == 0:
@@ -434,21 +435,21 @@ class Life(RuleBasedStateMachine):
             except RuntimeError as error:
                 assert "cannot take back" in str(error) or "was freed or resized" in str(error)  # noqa: PT017
                 lost = True
-            if member._turn.unrestored or lost:
-                member._turn.unrestored = ""
+            if member.state.lock.unrestored or lost:
+                member.state.lock.unrestored = ""
                 return
         for net, was in zip(nets, own, strict=True):
             if not keep and net is nets[1]:
-                continue  # the event may have written it
+                continue  # the event may have written to it
             for name, tensor in named(net).items():
                 assert_same_bits(tensor, was[name], name)
-        assert member._turn.exchange is None
+        assert member.state.lock.exchange is None
         self.follow(pick)
 
     @precondition(lambda self: any(member.cast is not None for member in self.members()))
     @rule(pick=PICK)
     def a_forward(self, pick):
-        """What it reads is what the teacher is now, in the type that it is to run in."""
+        """A forward reads the teacher's current values, in the dtype in which it runs."""
         Life.steps += 1
         members = [member for member in self.members() if member.cast is not None]
         member = members[pick % len(members)]
@@ -479,7 +480,7 @@ class Life(RuleBasedStateMachine):
 
 
 def pickle_or_copy(thing):
-    """torch does not pickle what is parametrized."""
+    """torch cannot pickle parametrized modules."""
     if any(nn.utils.parametrize.is_parametrized(module) for module in thing.modules()):
         return copy.deepcopy(thing)
     return pickle.loads(pickle.dumps(thing))
@@ -489,7 +490,7 @@ def pickle_or_copy(thing):
 def _one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     gc.collect()
-    gc.freeze()  # all that was there before: a collection then takes no time
+    gc.freeze()  # skip the existing objects: collections then take no time
     yield
     gc.unfreeze()
     dist.destroy_process_group()
@@ -500,18 +501,19 @@ def _one_process():
 @pytest.mark.filterwarnings(
     "ignore:while teacher and student were swapped", "ignore:at momentum", "ignore:Casting complex"
 )
-def test_any_life():
+@pytest.mark.parametrize("steps", STEPS)
+def test_any_life(steps):
     Life.steps = Life.updates = Life.refusals = 0
     how = settings(
-        max_examples=-(-STEPS // STEPS_OF_A_LIFE) + 1,
+        max_examples=-(-steps // STEPS_OF_A_LIFE) + 1,
         stateful_step_count=STEPS_OF_A_LIFE,
         deadline=None,
-        derandomize="EMAN_KERNELS_FUZZ" not in os.environ,
+        derandomize=not FUZZ,
         database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
     run_state_machine_as_test(Life, settings=how)
     print(f"{Life.steps} steps, {Life.updates} updates, {Life.refusals} of them refused")
-    assert Life.steps >= 0.9 * STEPS
+    assert Life.steps >= 0.9 * steps
     assert 0 < Life.refusals < Life.updates / 2

@@ -1,4 +1,4 @@
-"""NaNs and infinities on either side, on every backend: equal values, momentum 0 and 1, skipping and healing."""
+"""NaNs and infinities in teacher or student, on every backend: equal values, momentum 0 and 1, skipping and healing."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from conftest import (
 from torch import nn
 
 from eman_kernels import EMANTeacher, ema_update_
-from eman_kernels.call import Call
-from eman_kernels.pairing import Pair
+from eman_kernels.backends.interface import Arguments
+from eman_kernels.networks.pairing import Pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not move")  # every dtype at every momentum
 
@@ -39,7 +39,7 @@ as_what = pytest.mark.parametrize("in_tensor", [None, torch.float32, torch.float
 
 
 def with_payloads(tensor):
-    """The same, in which the NaNs have bits of their own."""
+    """A copy in which each NaN has different payload bits."""
     as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.clone().view(as_integer)
     where = tensor.isnan().nonzero().flatten()
@@ -63,7 +63,7 @@ def as_held(momentum, in_tensor):
 @every_momentum
 @as_what
 def test_every_number_against_every_other(backend_and_device, dtypes, momentum, in_tensor):
-    """torch.lerp where both differ and 0 < momentum < 1; the teacher's bits at 1; the student, cast, at 0."""
+    """torch.lerp where both differ and 0 < momentum < 1; the teacher's bits at momentum 1; the cast student at 0."""
     backend, device = backend_and_device
     teacher, student = every_number(*dtypes)
     teacher = with_payloads(teacher)
@@ -80,7 +80,7 @@ def test_every_number_against_every_other(backend_and_device, dtypes, momentum, 
 @every_pair
 @every_momentum
 def test_closed_answers(backend_and_device, dtypes, momentum):
-    """Written down, and not computed: what each rule says of single elements."""
+    """Expected values written by hand, one element per rule."""
     backend, device = backend_and_device
     cases = [(INF, INF, INF), (-INF, -INF, -INF), (0.0, 0.0, 0.0), (-2.5, -2.5, -2.5)]
     if momentum == 0:
@@ -107,7 +107,7 @@ def test_closed_answers(backend_and_device, dtypes, momentum):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float64, torch.float64)], ids=name_of)
 def test_a_momentum_that_rounds_to_0_is_0(backend_and_device, dtypes):
-    """In the precision of the arithmetic: 1 - 1e-9 is 1 in float32."""
+    """Rounded in the precision of the arithmetic: 1 - 1e-9 is 1 in float32."""
     backend, device = backend_and_device
     teacher = torch.tensor([INF, -INF, NAN, 3.0]).to(device, dtypes[0])
     student = torch.tensor([1.0, INF, 2.0, -INF]).to(device, dtypes[1])
@@ -127,7 +127,9 @@ def test_several_teachers(backend_and_device, dtypes, in_tensor):
     teachers = [start.clone().to(device) for _ in MOMENTA]
     pairs = [Pair("", teacher, shared, "ema", group) for group, teacher in enumerate(teachers)]
     update(
-        backend, pairs, Call(MOMENTA if in_tensor is None else torch.tensor(MOMENTA, dtype=in_tensor, device=device))
+        backend,
+        pairs,
+        Arguments(MOMENTA if in_tensor is None else torch.tensor(MOMENTA, dtype=in_tensor, device=device)),
     )
     for momentum, teacher in zip(MOMENTA, teachers, strict=True):
         want = lerp(start, student, as_held(momentum, in_tensor))
@@ -139,11 +141,11 @@ def test_several_teachers(backend_and_device, dtypes, in_tensor):
 @pytest.mark.parametrize("low", HALVES, ids=str)
 @every_momentum
 def test_the_low_precision_copy(backend_and_device, dtypes, low, momentum):
-    """Is written at every momentum, as what the teacher then is."""
+    """It is written at every momentum, with the teacher's new value."""
     backend, device = backend_and_device
     teacher, student = every_number(*dtypes)
     got, copy = teacher.to(device, copy=True), torch.full(teacher.shape, 9.0, dtype=low, device=device)
-    update(backend, [Pair("", got, student.to(device), "ema", cast=copy)], Call([momentum]))
+    update(backend, [Pair("", got, student.to(device), "ema", cast=copy)], Arguments([momentum]))
     want = lerp(teacher, student, momentum)
     comparison(backend, device, *dtypes)(got, want)
     comparison(backend, device, *dtypes, low)(copy, want.to(low))
@@ -153,7 +155,7 @@ def test_the_low_precision_copy(backend_and_device, dtypes, low, momentum):
 @every_momentum
 @as_what
 def test_stochastic_rounding_is_exact_where_the_average_is(backend_and_device, dtypes, momentum, in_tensor):
-    """Equal values, momentum 0 and 1, and what is not finite, whatever is drawn."""
+    """Equal values, momentum 0 and 1, and non-finite values do not depend on the random bits."""
     backend, device = backend_and_device
     teacher, student = every_number(*dtypes)
     teacher = with_payloads(teacher)
@@ -173,8 +175,8 @@ def test_stochastic_rounding_is_exact_where_the_average_is(backend_and_device, d
             assert torch.equal(bits_of(got), bits_of(teacher))
 
 
-def test_momentum_0_still_rounds_at_random(backend_and_device):
-    """A float32 student between two numbers of a bfloat16 teacher, which was infinite."""
+def test_momentum_0_still_rounds_stochastically(backend_and_device):
+    """A float32 student between two bfloat16 numbers, and a bfloat16 teacher that was infinite."""
     backend, device = backend_and_device
     between = 1 + 2.0**-8
     teacher = torch.full((4096,), INF, dtype=torch.bfloat16, device=device)
@@ -189,8 +191,8 @@ def test_momentum_0_still_rounds_at_random(backend_and_device):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @as_what
 def test_skipping_and_healing(backend_and_device, dtypes, momentum, rounding, in_tensor):
-    """A student's element that is not finite is skipped and counted, a finite one takes the place of a teacher's that
-    is not; at momentum 1 nothing new is written all the same."""
+    """A non-finite student element is skipped and counted; a finite one replaces a non-finite teacher element, except
+    at momentum 1, which writes nothing new."""
     backend, device = backend_and_device
     teacher, student = every_number(*dtypes)
     teacher = with_payloads(teacher)
@@ -218,20 +220,23 @@ def test_skipping_and_healing(backend_and_device, dtypes, momentum, rounding, in
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
-def test_what_is_copied_is_copied_at_every_momentum(backend_and_device, momentum, dtype):
-    """A rule of "copy" knows no momentum; skipping leaves out what is not finite, and the low copy follows."""
+def test_copied_tensors_are_copied_at_every_momentum(backend_and_device, momentum, dtype):
+    """The rule "copy" ignores the momentum; skipping omits non-finite elements, and the low-precision copy follows."""
     backend, device = backend_and_device
     start, student = every_number(dtype, dtype)
     teacher, skipped = start.to(device, copy=True), torch.tensor(0, device=device)
     update(
-        backend, [Pair("", teacher, student.to(device), "copy")], Call([momentum], skipped=skipped), skip_nonfinite=True
+        backend,
+        [Pair("", teacher, student.to(device), "copy")],
+        Arguments([momentum], skipped=skipped),
+        nonfinite="skip",
     )
     want = torch.where(student.isfinite(), student, start)
     comparison(backend, device, dtype)(teacher, want)
     assert skipped == (~student.isfinite()).sum()
     if dtype == torch.float32:
         teacher, low = start.to(device, copy=True), torch.zeros(start.shape, dtype=torch.float16, device=device)
-        update(backend, [Pair("", teacher, student.to(device), "copy", cast=low)], Call([momentum]))
+        update(backend, [Pair("", teacher, student.to(device), "copy", cast=low)], Arguments([momentum]))
         assert_same_bits(teacher, student)
         assert_same_bits(low, student.half())
 
@@ -246,7 +251,7 @@ def test_momentum_0_and_1_when_gradients_overflowed(backend_and_device, momentum
 
 
 class Observer(nn.Module):
-    """Extremes that begin at infinity, and a causal mask."""
+    """Running extremes that start at infinity, and a causal mask."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +279,7 @@ def test_a_network_with_infinite_buffers(backend_and_device, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_poisoned_teacher_heals_with_skip_and_not_without(backend_and_device, dtype):
+def test_a_poisoned_teacher_heals_only_with_skip(backend_and_device, dtype):
     backend, device = backend_and_device
     student = torch.linspace(-2, 2, 1009).to(device, dtype)
     poisoned = student.clone()
@@ -288,7 +293,7 @@ def test_a_poisoned_teacher_heals_with_skip_and_not_without(backend_and_device, 
         assert teacher.isnan().any() == (nonfinite == "propagate")
 
 
-# ---------------------------------------------------------------- what only the reference updates
+# ---------------------------------------------------------------- dtypes that only the reference updates
 
 OTHERS = [
     (torch.complex64, torch.complex64),
@@ -304,7 +309,7 @@ OTHERS = [
 
 
 def wide(tensor):
-    """In which torch compares it."""
+    """Convert to a dtype in which torch can compare."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
@@ -318,7 +323,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("dtypes", OTHERS, ids=name_of)
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-def test_dtypes_that_only_the_reference_knows(dtypes, nonfinite):
+def test_dtypes_that_only_the_reference_supports(dtypes, nonfinite):
     skip_unless_selectable(dtypes[0])
     numbers = torch.tensor([INF, -INF, NAN, 0.0, 1.0, -2.5], dtype=torch.float64)
     teacher, student = (
@@ -338,6 +343,6 @@ def test_dtypes_that_only_the_reference_knows(dtypes, nonfinite):
         if 0 < momentum < 1:
             exact = wide(teacher) + (1 - wide(torch.tensor(float(momentum)))) * (wide(student) - wide(teacher))
             error = (wide(got) - exact)[between].abs()
-            assert (error <= 0.126 * exact[between].abs()).all()  # float8 has 2 digits after the first
+            assert (error <= 0.126 * exact[between].abs()).all()  # float8_e5m2 has 2 mantissa bits
             assert between.sum() >= 6
         assert skipped == (int((~finite).sum()) if skips else 0)

@@ -8,7 +8,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from eman_kernels import EMANTeacher, eman_update_
-from eman_kernels.pairing import named_tensors, pair_modules, unwrap
+from eman_kernels.networks.names import named_tensors, unwrap
+from eman_kernels.networks.pairing import Pair, pair_modules
+from eman_kernels.options import Options
+
+
+def paired(teacher: nn.Module, student: nn.Module, rules: object = (), buffers: str = "ema") -> list[Pair]:
+    return pair_modules(teacher, student, Options(rules, buffers))
 
 
 class Net(nn.Module):
@@ -24,17 +30,17 @@ class Net(nn.Module):
 
 
 def rules_of(*args, **kwargs):
-    return {pair.name: pair.rule for pair in pair_modules(*args, **kwargs)}
+    return {pair.name: pair.rule for pair in paired(*args, **kwargs)}
 
 
 def test_default_rules():
     rules = rules_of(Net(), Net())
     assert {name for name, rule in rules.items() if rule == "copy"} == {"body.1.num_batches_tracked", "mask"}
-    assert rules["centre"] == "ema", "non-persistent buffers take part"
+    assert rules["centre"] == "ema", "non-persistent buffers are included"
     assert len(rules) == 6 + 3 + 2
 
 
-def test_rules_by_pattern_and_the_first_counts():
+def test_rules_by_pattern_and_the_first_match_wins():
     rules = rules_of(Net(), Net(), {"head.weight": "copy", "head.*": "skip", "*.running_*": "copy"})
     assert rules["head.weight"] == rules["body.1.running_mean"] == "copy"
     assert "head.bias" not in rules
@@ -50,7 +56,7 @@ def test_buffers(buffers):
 
 
 def data_parallel(net):
-    return nn.DataParallel(net).cpu()  # it moves to the GPU where there is one
+    return nn.DataParallel(net).cpu()  # DataParallel moves the network to a GPU if there is one
 
 
 def wrapped_inside(net):
@@ -61,7 +67,7 @@ def wrapped_inside(net):
 @pytest.mark.parametrize(
     "wrap", [data_parallel, torch.compile, lambda n: data_parallel(torch.compile(n)), wrapped_inside]
 )
-def test_prefixes_are_looked_through(wrap):
+def test_wrapper_prefixes_are_stripped(wrap):
     plain = Net()
     wrapped = wrap(copy.deepcopy(plain))
     assert list(named_tensors(wrapped)) == list(named_tensors(plain))
@@ -75,7 +81,7 @@ def test_prefixes_are_looked_through(wrap):
     assert all((p == 7).all() for p in teacher.module.parameters())
 
 
-def test_a_layer_that_is_called_module_is_no_wrapper():
+def test_a_layer_named_module_is_not_a_wrapper():
     net = nn.Module()
     net.module, net.weight = nn.Linear(2, 3), nn.Parameter(torch.zeros(4))
     assert list(named_tensors(net)) == ["weight", "module.weight", "module.bias"]
@@ -86,7 +92,7 @@ def test_a_layer_that_is_called_module_is_no_wrapper():
     assert torch.equal(teacher.module.weight, net.weight)
 
 
-def test_distributed_data_parallel_is_looked_through():
+def test_the_prefix_of_distributed_data_parallel_is_stripped():
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -107,7 +113,7 @@ def test_distributed_data_parallel_is_looked_through():
         torch.distributed.destroy_process_group()
 
 
-def test_a_network_with_a_child_named_module_keeps_its_own_forward():
+def test_a_network_with_a_child_named_module_keeps_its_forward():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -155,7 +161,7 @@ def test_spectral_norm_vectors_are_copied_by_rule():
     assert all(torch.equal(tensor, vectors[name]) for name, tensor in teacher.module.named_buffers())
 
 
-def test_all_differences_in_one_message_and_nothing_written():
+def test_one_error_lists_all_differences_and_nothing_is_written():
     teacher, student = Net(), Net()
     student.head = nn.Linear(4, 3)
     student.extra = nn.Linear(1, 1)
@@ -177,7 +183,7 @@ def test_all_differences_in_one_message_and_nothing_written():
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
-def test_what_is_skipped_may_be_missing():
+def test_skipped_tensors_may_be_missing():
     teacher, student = Net(), Net()
     student.predictor = nn.Linear(2, 2)
     assert rules_of(teacher, student, {"predictor.*": "skip"}) == rules_of(teacher, teacher)
@@ -185,15 +191,15 @@ def test_what_is_skipped_may_be_missing():
 
 def test_a_pattern_that_matches_nothing_warns():
     with pytest.warns(UserWarning, match=r"'\*\.weigth_u' matches no tensor"):
-        pair_modules(Net(), Net(), {"*.weigth_u": "copy"})
+        paired(Net(), Net(), {"*.weigth_u": "copy"})
 
 
 @pytest.mark.parametrize("kwargs", [{"rules": {"*": "mean"}}, {"buffers": "mean"}])
 def test_unknown_rules(kwargs):
-    with pytest.raises(ValueError, match=r"unknown rule 'mean'.*ema, copy, skip"):
+    with pytest.raises(ValueError, match=r"unknown rule 'mean'.*'ema', 'copy', 'skip'"):
         EMANTeacher(Net(), **kwargs)
     with pytest.raises(ValueError, match="unknown rule 'mean'"):
-        pair_modules(Net(), Net(), **kwargs)
+        paired(Net(), Net(), **kwargs)
 
 
 def with_buffer(tensor):
@@ -210,7 +216,7 @@ def with_buffer(tensor):
         (torch.zeros(2).to_sparse(), torch.zeros(2), None, "b: the teacher is torch.sparse_coo"),
         (torch.zeros(2), torch.zeros(2, dtype=torch.int64), None, "teacher is torch.float32, the student torch.int"),
         (torch.zeros(2), torch.zeros(2, dtype=torch.complex64), None, "the student torch.complex64"),
-        (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), {"b": "ema"}, "needs floating point"),
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), {"b": "ema"}, "needs a floating-point"),
     ],
 )  # fmt: skip
 def test_tensors_that_cannot_follow(teacher, student, rules, words):
@@ -218,7 +224,7 @@ def test_tensors_that_cannot_follow(teacher, student, rules, words):
         eman_update_(with_buffer(teacher), with_buffer(student), 0.5, rules=rules)
 
 
-def test_a_dtype_that_torch_cannot_compute_with():
+def test_a_dtype_without_arithmetic_in_torch():
     float4 = getattr(torch, "float4_e2m1fn_x2", None)
     if float4 is None:
         pytest.skip("this torch has no float4_e2m1fn_x2")
@@ -239,7 +245,7 @@ def test_quantized_and_lazy_tensors_cannot_follow():
         eman_update_(other, lazy, 0.5)
 
 
-def test_a_long_list_of_differences_is_cut():
+def test_a_long_list_of_differences_is_truncated():
     students = nn.Sequential(*(nn.Linear(1, 1) for _ in range(30)))
     with pytest.raises(ValueError, match="and 38 more"):
-        pair_modules(nn.Sequential(nn.Linear(1, 1)), students)
+        paired(nn.Sequential(nn.Linear(1, 1)), students)

@@ -1,4 +1,4 @@
-"""The chunk table's properties, which pairs get into it, and that no stale address is written through."""
+"""Properties of the chunk table, which pairs are eligible for it, and that no stale address is written through."""
 
 import tracemalloc
 import types
@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from eman_kernels import backends, ema_update_, eman_update_, plan, plan_for
-from eman_kernels.backends import extension, reference
-from eman_kernels.pairing import Pair, pair_lists
-from eman_kernels.plan import (
+from eman_kernels import backends, ema_update_, eman_update_, plan_for
+from eman_kernels.backends import extension, interface, reference
+from eman_kernels.networks.pairing import Pair, pair_lists
+from eman_kernels.plan.chunks import (
     CHUNK_SIZE,
     COPY_CODES,
     GPU_CHUNK_BYTES,
     MAX_TEACHERS,
     PAIR_CODES,
     VECTOR16,
-    chunk_size,
-    table,
+    build_table,
+    elements_per_chunk,
 )
 
 numels = st.one_of(st.integers(0, 40), st.integers(CHUNK_SIZE - 9, CHUNK_SIZE + 9), st.integers(0, 5 * CHUNK_SIZE))
@@ -30,14 +30,14 @@ sizes = st.lists(st.tuples(numels, dtypes, st.integers(0, 5), st.integers(0, 5))
 
 
 def records(rows):
-    """The table's rows, unpacked as csrc/chunk.h declares them."""
+    """Unpack the table's rows as csrc/chunk.h declares them."""
     for teacher, student, extra, packed in rows.tolist():
         yield teacher, student, extra, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, packed >> 48
 
 
 @given(sizes, st.sampled_from([None, 1024, GPU_CHUNK_BYTES]))
 @settings(max_examples=200, deadline=None)
-def test_every_element_lies_in_exactly_one_chunk(cases, chunk_bytes):
+def test_every_element_is_in_exactly_one_chunk(cases, chunk_bytes):
     pairs = []
     for i, (numel, (teacher, student), *offsets) in enumerate(cases):
         t, s = (torch.empty(numel + o, dtype=d)[o:] for d, o in zip((teacher, student), offsets, strict=True))
@@ -45,7 +45,7 @@ def test_every_element_lies_in_exactly_one_chunk(cases, chunk_bytes):
     pairs = [pair for pair in pairs if pair.teacher.numel()]
     covered = {}
     lengths = []
-    for teacher, student, extra, numel, code, flags in records(table(pairs, chunk_bytes=chunk_bytes)):
+    for teacher, student, extra, numel, code, flags in records(build_table(pairs, chunk_bytes=chunk_bytes)):
         assert flags == (VECTOR16 if teacher % 16 == 0 and student % 16 == 0 else 0)
         lengths.append(numel)
         covered.setdefault(code, []).append((teacher, student, extra, numel))
@@ -68,12 +68,12 @@ def test_every_element_lies_in_exactly_one_chunk(cases, chunk_bytes):
                 )
             )
     assert {code: sorted(rows) for code, rows in covered.items()} == {c: sorted(rows) for c, rows in expected.items()}
-    ends = lengths[n_full:]  # after the full ones
+    ends = lengths[n_full:]  # the full chunks come first
     assert ends == sorted(ends, reverse=True)
 
 
-def test_what_decides_on_16_byte_accesses():
-    """A copy's address does, like the tensors'; the number of an element is no address."""
+def test_when_chunks_use_16_byte_accesses():
+    """All three addresses must be aligned, the low-precision copy's too; the element offset does not matter."""
     teacher, student, low = torch.zeros(64), torch.ones(64), torch.zeros(72, dtype=torch.bfloat16)
     half = torch.zeros(64, dtype=torch.bfloat16)
     for pair, wide in (
@@ -82,11 +82,11 @@ def test_what_decides_on_16_byte_accesses():
         (Pair("", teacher, student, "ema", cast=low[8:]), True),
         (Pair("", half, student, "ema", first=8), True),
     ):
-        ((*_, flags),) = records(table([pair]))
+        ((*_, flags),) = records(build_table([pair]))
         assert (flags & VECTOR16 == VECTOR16) == wide
 
 
-def test_codes_and_layout_are_those_of_chunk_h():
+def test_codes_and_layout_match_chunk_h():
     if extension.missing:
         pytest.skip(extension.missing)
     C = extension.C
@@ -110,17 +110,17 @@ def test_codes_and_layout_are_those_of_chunk_h():
     ],
 )
 def test_the_size_of_a_chunk(teacher, student, size):
-    """Two rounds of 256 threads with 16 bytes each of the wider."""
+    """Two rounds of 256 threads with 16 bytes each of the wider tensor."""
     pair = Pair("", torch.zeros(1, dtype=teacher), torch.zeros(1, dtype=student), "ema")
-    assert chunk_size(pair, GPU_CHUNK_BYTES) == size
-    assert chunk_size(pair, None) == CHUNK_SIZE
+    assert elements_per_chunk(pair, GPU_CHUNK_BYTES) == size
+    assert elements_per_chunk(pair, None) == CHUNK_SIZE
 
 
 @pytest.mark.parametrize(("device", "n_pieces"), [("cpu", 25), ("cuda", 196), ("xpu", 196)])
-def test_what_is_not_a_cpu_has_a_gpus_chunks(monkeypatch, device, n_pieces):
-    """400,000 elements in 16,384s and in 2,048s, of one teacher and of two."""
+def test_devices_other_than_cpus_use_the_gpu_chunk_size(monkeypatch, device, n_pieces):
+    """400,000 elements in chunks of 16,384 and of 2,048, for one teacher and for two."""
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
-    monkeypatch.setattr(plan.Work, "current_stream", lambda work: 0)
+    monkeypatch.setattr(interface.Work, "current_stream", lambda work: 0)
     teachers, student = [torch.zeros(400_000) for _ in range(2)], torch.zeros(400_000)
     for n in (1, 2):
         pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(teachers[:n])]
@@ -129,7 +129,7 @@ def test_what_is_not_a_cpu_has_a_gpus_chunks(monkeypatch, device, n_pieces):
         assert sum(packed & 0xFFFFFFFF for packed in work.table[:, 3].tolist()) == n * 400_000
 
 
-def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
+def test_a_table_takes_32_bytes_per_chunk_and_no_tensor_is_allocated():
     teacher, student = torch.zeros(10_000_000), torch.ones(10_000_000)
     ema_update_([teacher], [student], 0.5)
     tracemalloc.start()
@@ -137,9 +137,17 @@ def test_a_table_costs_32_bytes_a_chunk_and_nothing_the_size_of_a_tensor():
         ema_update_([teacher], [student], 0.5)
     tracemalloc.stop()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
-    # Without the extension foreach looks for infinities, by a sum.
+    # Without the extension, foreach checks for infinities with a sum.
     assert allocated == 0 if extension.missing is None else allocated <= 16
-    assert table(pair_lists([teacher], [student])).nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
+    assert build_table(pair_lists([teacher], [student])).nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
+
+
+def test_one_unaligned_teacher_makes_all_of_its_piece_unaligned():
+    """The kernels read the flag from the first teacher's record only."""
+    student, aligned, unaligned = torch.zeros(40), torch.zeros(40), torch.zeros(41)[1:]
+    for teachers, flag in (([aligned, aligned.clone()], 1), ([aligned, unaligned], 0), ([unaligned, aligned], 0)):
+        pairs = [Pair("", teacher, student, "ema", group) for group, teacher in enumerate(teachers)]
+        assert [packed >> 48 for packed in build_table(pairs, 2)[:, 3].tolist()] == [flag] * 2
 
 
 # ---------------------------------------------------------------- pairs that the kernels do not take
@@ -159,7 +167,7 @@ def ineligible_pairs():
 
 
 @pytest.mark.parametrize(("why", "teacher", "student"), list(ineligible_pairs())[:-1])
-def test_an_ineligible_pair_is_updated_by_the_reference_in_the_same_call(why, teacher, student):
+def test_the_reference_updates_ineligible_pairs_in_the_same_call(why, teacher, student):
     skip_unless_selectable(teacher.dtype)
     easy_t, easy_s = torch.zeros(100), torch.ones(100)
     want = teacher.clone()
@@ -180,7 +188,7 @@ def test_dense_layouts_take_the_fast_path():
         "one by one": torch.randn(8, 3, 1, 1).to(memory_format=torch.channels_last),
     }
     students = {name: torch.randn_like(tensor) for name, tensor in layouts.items()}
-    students["one by one"] = torch.randn(8, 3, 1, 1)  # its strides differ where they do not matter
+    students["one by one"] = torch.randn(8, 3, 1, 1)  # strides differ only in dimensions of size 1
     plan, _ = planned(pair_lists(list(layouts.values()), list(students.values())))
     assert not plan.ineligible
     for name, tensor in layouts.items():
@@ -189,7 +197,7 @@ def test_dense_layouts_take_the_fast_path():
         assert_same_bits(tensor, want, name)
 
 
-def test_a_channels_last_teacher_of_a_contiguous_student_does_not_mix_elements():
+def test_a_channels_last_teacher_of_a_contiguous_student():
     student = torch.randn(2, 3, 4, 5)
     teacher = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     want = lerp(teacher, student, 0.9)
@@ -197,7 +205,7 @@ def test_a_channels_last_teacher_of_a_contiguous_student_does_not_mix_elements()
     assert_same_bits(teacher, want)
 
 
-# ---------------------------------------------------------------- memory that is not the teacher's own
+# ---------------------------------------------------------------- memory shared with other tensors
 
 
 def test_shared_memory_is_an_error_and_nothing_is_written():
@@ -224,7 +232,7 @@ def test_tied_tensors_are_updated_once():
     assert torch.equal(teacher, torch.full((10,), 0.5))
 
 
-def test_neighbours_and_students_that_overlap_are_fine():
+def test_adjacent_teachers_and_overlapping_students_are_allowed():
     memory, student = torch.zeros(20), torch.ones(15)
     ema_update_([memory[:10], memory[10:]], [student[:10], student[5:]], 0.5)
     assert torch.equal(memory, torch.full((20,), 0.5))
@@ -233,11 +241,11 @@ def test_neighbours_and_students_that_overlap_are_fine():
 # ---------------------------------------------------------------- choosing a backend
 
 
-def test_a_backend_asked_for_by_name_raises_with_the_reason(monkeypatch):
+def test_an_unavailable_backend_requested_by_name_raises_with_the_reason(monkeypatch):
     t, s = torch.zeros(3), torch.ones(3)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot update tensors on cpu: it updates CUDA tensors only"):
         ema_update_([t], [s], 0.5, backend="cuda")
-    with pytest.raises(ValueError, match="backend='fast' is none of auto, cuda"):
+    with pytest.raises(ValueError, match="unknown backend='fast': it must be one of 'auto', 'cuda'"):
         ema_update_([t], [s], 0.5, backend="fast")
     monkeypatch.setenv("EMAN_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="EMAN_KERNELS_BACKEND='fast' is none of"):
@@ -245,13 +253,13 @@ def test_a_backend_asked_for_by_name_raises_with_the_reason(monkeypatch):
     assert torch.equal(t, torch.zeros(3))
 
 
-def test_argument_then_environment_then_auto(monkeypatch):
+def test_backend_priority_is_argument_environment_auto(monkeypatch):
     teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
     teacher.requires_grad_(False)
 
     def used(**kwargs):
         eman_update_(teacher, student, 0.5, **kwargs)
-        return plan_for(teacher, student).works[0].backend.NAME
+        return plan_for(teacher, student).works[0][0].NAME
 
     auto = "foreach" if extension.missing else "cpu"
     assert used() == used(backend="auto") == auto
@@ -261,7 +269,7 @@ def test_argument_then_environment_then_auto(monkeypatch):
     assert used(backend="auto") == auto
 
 
-def test_without_the_extension_auto_falls_back_and_the_name_raises(monkeypatch):
+def test_without_the_extension_auto_falls_back_and_a_name_raises(monkeypatch):
     monkeypatch.setattr("eman_kernels.backends.cpu.missing", "the compiled extension is not in this installation")
     teacher, student = torch.zeros(3), torch.ones(3)
     assert backends.choose(torch.device("cpu"), None).NAME == "foreach"

@@ -1,4 +1,4 @@
-"""Stochastic rounding itself: the generator, the distribution, and a teacher that follows for 10,000 steps."""
+"""Stochastic rounding: the generator, the distribution, and a teacher that follows for 10,000 steps."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from conftest import values
 
 from eman_kernels import EMANTeacher, available_backends, ema_update_
 from eman_kernels.backends import reference
-from eman_kernels.call import Call
+from eman_kernels.backends.interface import Arguments
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import rounding as benchmark
@@ -33,7 +33,7 @@ def published_rounds(counter, key):
 
 
 def test_philox():
-    """By the known answers of its authors' Random123, and the reference's by a sample of counters and keys."""
+    """The known answers of Random123 by Philox's authors, and the reference compared on sampled counters and keys."""
     ones, pi = 4 * [0xFFFFFFFF], [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
     for counter, key, answer in (
         ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
@@ -50,8 +50,8 @@ def test_philox():
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_over_all_draws_the_mean_is_the_number_itself(dtype, monkeypatch):
-    """To a neighbour, and to the upper one in its share of all 2^16 draws. The kernels' bits are the reference's."""
+def test_the_mean_over_all_draws_is_the_number_itself(dtype, monkeypatch):
+    """Rounds to a neighbor, upward in the right share of all 2^16 draws. The kernels have the reference's bits."""
     draws = torch.arange(1 << 16)
     pairs = draws.view(-1, 4, 2)
     words = (pairs[..., 0] | pairs[..., 1] << 16).T
@@ -59,7 +59,7 @@ def test_over_all_draws_the_mean_is_the_number_itself(dtype, monkeypatch):
     smallest = torch.finfo(dtype).smallest_normal
     numbers = [1.0, 1.00390625, 1.0004, -3.14159, 65000.0, smallest * 1.3, smallest * 0.4, -smallest * 0.37, 1e-30]
     for number in torch.tensor([*numbers, 0.1, 7.3e-8]).tolist():
-        rounded = reference.rounded_at_random(torch.full((1 << 16,), number), dtype, 0, Call([0.0])).double()
+        rounded = reference.round_stochastically(torch.full((1 << 16,), number), dtype, 0, Arguments([0.0])).double()
         low, high = rounded.min().item(), rounded.max().item()
         assert low <= number <= high or high - low < 1e-40
         exact = torch.tensor(number, dtype=torch.float64).to(dtype).double().item()
@@ -68,16 +68,16 @@ def test_over_all_draws_the_mean_is_the_number_itself(dtype, monkeypatch):
         else:
             upward = torch.nextafter(torch.tensor(low, dtype=dtype), torch.tensor(torch.inf, dtype=dtype)).item()
             assert high in (upward, low)
-            # float32 has more digits than the 16 that are drawn only in float16's subnormals.
+            # Only in float16's subnormals does float32 have more extra bits than the 16 that are drawn.
             assert abs(rounded.mean().item() - number) <= (upward - low) / 2**16
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_ends_of_the_range(dtype):
-    """Infinities and NaNs stay; what is beyond the largest number becomes it or infinity; zeros keep their sign."""
+    """Infinities and NaNs stay; values beyond the largest number become it or infinity; zeros keep their sign."""
     largest, beyond = torch.finfo(dtype).max, 65535.0 if dtype == torch.float16 else 3.3961e38
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, largest, -largest, beyond]).repeat(1000)
-    special[2::16] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a GPU's own NaN
+    special[2::16] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN that a GPU produces
     for backend in (None, "reference"):
         teacher = torch.zeros(8000, dtype=dtype)
         # At momentum 0 the average is the student's number.
@@ -100,8 +100,8 @@ def error(momentum, rounding, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("momentum", benchmark.MOMENTA)
-def test_a_teacher_rounded_at_random_follows_without_bias(momentum, dtype):
-    """10,000 steps beside a float64 teacher; and that the nearest one does not, or the test would show nothing."""
+def test_a_stochastically_rounded_teacher_follows_without_bias(momentum, dtype):
+    """10,000 steps against a float64 teacher. Rounding to nearest must be biased, or the test would prove nothing."""
     mean, standard_error = error(momentum, "stochastic", dtype)
     print(f"{dtype}, {momentum}: mean error {mean:.2e}, standard error {standard_error:.2e}")
     assert abs(mean) < 3 * standard_error
@@ -109,13 +109,13 @@ def test_a_teacher_rounded_at_random_follows_without_bias(momentum, dtype):
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         mean, standard_error = error(momentum, "nearest", dtype)
-    # float16 at 0.99 is near enough to move, and is not warned of.
+    # float16 at 0.99 has steps large enough to move, so there is no warning.
     assert (abs(mean) > 20 * standard_error) == bool(warned) == ((dtype, momentum) != (torch.float16, 0.99))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not move")
-def test_a_bfloat16_teacher_rounded_to_nearest_stands_still():
-    """The reason for all this: 100 updates at a gap of 5 % move no element, and stochastic ones most of the way."""
+def test_a_bfloat16_teacher_rounded_to_nearest_does_not_move():
+    """Why stochastic rounding exists: 100 updates at a gap of 5 % move no element when rounded to nearest."""
     start = torch.rand(10_000) + 1
     teachers = [start.to(torch.bfloat16) for _ in range(2)]
     student = (teachers[0].float() * 1.05).to(torch.bfloat16)
@@ -128,7 +128,7 @@ def test_a_bfloat16_teacher_rounded_to_nearest_stands_still():
 
 
 @pytest.mark.parametrize("first", [0, 0xFFFF, (1 << 32) - 1])
-def test_each_step_of_a_teacher_draws_by_its_number(first):
+def test_each_step_draws_by_its_step_number(first):
     student = torch.nn.Linear(40, 40).to(torch.bfloat16)
     teacher = EMANTeacher(student, momentum=0.99, rounding="stochastic", seed=5)
     beside = [parameter.clone() for parameter in teacher.module.parameters()]
@@ -143,7 +143,7 @@ def test_each_step_of_a_teacher_draws_by_its_number(first):
             assert torch.equal(ours, theirs), step
 
 
-def test_a_teacher_that_stands_still_is_warned_of_once():
+def test_a_teacher_that_cannot_move_warns_once():
     student = torch.nn.Linear(4, 4).to(torch.bfloat16)
     teacher = EMANTeacher(student, momentum=0.999)
     with pytest.warns(UserWarning, match="half-precision teacher rounded to nearest does not move.*stochastic") as seen:
@@ -162,7 +162,7 @@ def test_a_teacher_that_stands_still_is_warned_of_once():
         EMANTeacher(student.half(), momentum=0.998).update(student)
 
 
-def test_values_of_every_magnitude_are_rounded_to_a_neighbour():
+def test_values_of_every_magnitude_round_to_a_neighbor():
     for dtype in HALVES:
         student = values(20_000, torch.float32)
         student = student[student.isfinite() & (student.abs() < torch.finfo(dtype).max)]
@@ -185,7 +185,7 @@ def test_the_picture(tmp_path):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_nan_of_any_payload_stays_one(backend, dtype):
-    """What is added at random must not carry out of a payload whose bits are all 1, into the sign."""
+    """The random addend must not carry out of a payload of all ones into the sign."""
     if reason := available_backends()[backend]:
         pytest.skip(reason)
     student = torch.full((1000,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)

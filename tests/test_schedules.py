@@ -1,17 +1,37 @@
 """Momentum schedules against their formulas."""
 
+import inspect
 import math
 import pickle
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eman_kernels import schedules
 from eman_kernels.schedules import Average, Constant, CopyFirst, Cosine, HalfLife, InverseGamma, PowerFunction, WarmUp
 
+# Found in the module, so that a new schedule without an entry in INSTANCES fails the tests below.
+CLASSES = [c for c in vars(schedules).values() if inspect.isclass(c) and c.__module__ == schedules.__name__]
+# Instances of each schedule, from any momentum in [0, 1] and any number of steps above 0.
+INSTANCES = {
+    Constant: lambda momentum, steps: [Constant(momentum)],
+    Cosine: lambda momentum, steps: [Cosine(momentum, steps)],
+    WarmUp: lambda momentum, steps: [WarmUp(momentum)],
+    HalfLife: lambda momentum, steps: [HalfLife(steps), HalfLife(steps, batch_size=3)],
+    PowerFunction: lambda momentum, steps: [PowerFunction(0.1), PowerFunction(0.2)],
+    InverseGamma: lambda momentum, steps: [
+        InverseGamma(momentum),
+        InverseGamma(momentum, 3.0, 0.5, momentum / 2, update_after_step=steps),
+    ],
+    Average: lambda momentum, steps: [Average()],
+    CopyFirst: lambda momentum, steps: [CopyFirst(momentum, steps), CopyFirst(WarmUp(momentum), steps)],
+}
 
-def test_cosine_is_byols():
+
+def test_cosine_matches_byol():
     schedule = Cosine(0.996, 1000)
     assert schedule(0) == pytest.approx(0.996, abs=1e-15)
     assert schedule(500) == pytest.approx(0.998, abs=1e-15)
@@ -35,8 +55,8 @@ def test_constant():
     assert Constant(0.5)(3) == 0.5
 
 
-def test_power_function_is_karrass():
-    """Its gamma is the paper's for both of the paper's lengths, and 2000 steps' average has the spread asked for."""
+def test_power_function_matches_karras():
+    """gamma equals the paper's for both of its lengths, and an average over 2000 steps has the requested sigma_rel."""
     for sigma_rel, gamma in ((0.05, 16.97), (0.10, 6.94)):
         schedule = PowerFunction(sigma_rel)
         assert schedule.gamma == pytest.approx(gamma, abs=0.01)
@@ -45,10 +65,10 @@ def test_power_function_is_karrass():
         for step in range(1, 2000):
             momentum = schedule(step)
             weights = torch.cat([weights * momentum, torch.tensor([1 - momentum], dtype=torch.float64)])
-        at = (torch.arange(2000, dtype=torch.float64) + 1) / 2000
-        mean = (weights * at).sum()
+        times = (torch.arange(2000, dtype=torch.float64) + 1) / 2000
+        mean = (weights * times).sum()
         assert weights.sum().item() == pytest.approx(1, abs=1e-12)
-        assert ((weights * (at - mean) ** 2).sum() ** 0.5).item() == pytest.approx(sigma_rel, rel=0.01)
+        assert ((weights * (times - mean) ** 2).sum() ** 0.5).item() == pytest.approx(sigma_rel, rel=0.01)
 
 
 def test_inverse_gamma():
@@ -58,28 +78,28 @@ def test_inverse_gamma():
     assert schedule(16) == pytest.approx(0.5, abs=1e-15)
     assert schedule(10 + 797) < 0.95
     assert schedule(10 + 798) == schedule(10**9) == 0.95
-    # The crossings that timm, diffusers and ema-pytorch quote.
+    # The values quoted in the documentation of timm, diffusers and ema-pytorch.
     assert InverseGamma(1.0)(31_600) == pytest.approx(0.999, abs=1e-6)
     assert InverseGamma(1.0, power=0.75)(215_400) == pytest.approx(0.9999, abs=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore")  # what the libraries say on import
-def test_inverse_gamma_is_the_libraries():
-    """Theirs counts the update that is being made, ours those made before."""
+@pytest.mark.filterwarnings("ignore")  # the libraries' own warnings on import
+def test_inverse_gamma_matches_the_libraries():
+    """Their step counts the current update, ours only the updates before it."""
     model = torch.nn.Linear(2, 2)
     options = {"inv_gamma": 2.0, "power": 0.7, "update_after_step": 4}
     schedule = InverseGamma(0.8, min_decay=0.1, **options)
     diffusers = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed")
     ema_pytorch = pytest.importorskip("ema_pytorch", reason="ema-pytorch is not installed")
-    of_diffusers = diffusers.EMAModel(model.parameters(), decay=0.8, min_decay=0.1, use_ema_warmup=True, **options)
-    of_ema_pytorch = ema_pytorch.EMA(model, beta=0.8, min_value=0.1, **options)
+    diffusers_ema = diffusers.EMAModel(model.parameters(), decay=0.8, min_decay=0.1, use_ema_warmup=True, **options)
+    ema_pytorch_ema = ema_pytorch.EMA(model, beta=0.8, min_value=0.1, **options)
     for step in range(60):
-        assert schedule(step) == of_diffusers.get_decay(step + 1)
-        of_ema_pytorch.step.fill_(step + 1)
-        assert schedule(step) == pytest.approx(of_ema_pytorch.get_current_decay(), abs=1e-6)
+        assert schedule(step) == diffusers_ema.get_decay(step + 1)
+        ema_pytorch_ema.step.fill_(step + 1)
+        assert schedule(step) == pytest.approx(ema_pytorch_ema.get_current_decay(), abs=1e-6)
 
 
-def test_average_is_the_mean():
+def test_average_is_the_mean_of_all_students():
     mean = 0.0
     for step, value in enumerate([4.0, -1.0, 2.5, 7.0]):
         momentum = Average()(step)
@@ -93,35 +113,29 @@ def test_copy_first():
     assert [schedule(step) for step in range(5)] == [0.0, 0.0, 0.0, 4 / 13, 5 / 14]
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        Constant(0.9), Cosine(0.9, 50), WarmUp(0.99), HalfLife(9), PowerFunction(0.1), InverseGamma(0.9),
-        InverseGamma(0.9, 3.0, 0.5, 0.2, 7), Average(), CopyFirst(0.9, 8), CopyFirst(WarmUp(0.99), 8),
-    ],
-)  # fmt: skip
-def test_a_step_in_a_tensor(schedule):
-    for step in (0, 1, 7, 49, 50, 60, 5000):
-        momentum = schedule(torch.tensor(step, dtype=torch.float64))
-        assert float(momentum) == pytest.approx(schedule(step), abs=1e-15)
-        assert isinstance(momentum, float) or momentum.dtype == torch.float64
+@pytest.mark.parametrize("schedule_class", CLASSES)
+def test_a_tensor_step_gives_the_momentum_of_the_number(schedule_class):
+    for schedule in INSTANCES[schedule_class](0.9, 50):
+        for step in (0, 1, 7, 49, 50, 60, 5000):
+            momentum = schedule(torch.tensor(step, dtype=torch.float64))
+            assert float(momentum) == pytest.approx(schedule(step), abs=1e-15)
+            assert isinstance(momentum, float) or (momentum.dtype, momentum.shape) == (torch.float64, ())
 
 
-@given(st.floats(0, 1), st.integers(1, 10**6), st.integers(0, 10**7))
-def test_every_schedule_stays_in_range_and_can_be_pickled(momentum, steps, step):
-    for schedule in (
-        Constant(momentum),
-        Cosine(momentum, steps),
-        WarmUp(momentum),
-        HalfLife(steps),
-        PowerFunction(0.2),
-        InverseGamma(momentum, min_decay=momentum / 2, update_after_step=steps),
-        Average(),
-        CopyFirst(momentum, steps),
-        CopyFirst(WarmUp(momentum)),
-    ):
+@pytest.mark.parametrize("schedule_class", CLASSES)
+@given(momentum=st.floats(0, 1), steps=st.integers(1, 10**6), step=st.integers(0, 10**7))
+def test_schedules_stay_in_range_and_can_be_pickled(schedule_class, momentum, steps, step):
+    for schedule in INSTANCES[schedule_class](momentum, steps):
         assert 0 <= schedule(step) <= 1
         assert pickle.loads(pickle.dumps(schedule)) == schedule
+
+
+@pytest.mark.parametrize("schedule_class", CLASSES)
+def test_docstrings_have_an_example_and_describe_each_argument(schedule_class):
+    text = inspect.getdoc(schedule_class)
+    assert f"{schedule_class.__name__}(" in text.partition(">>> ")[2]
+    for argument in fields(schedule_class):
+        assert not argument.init or f"    {argument.name}: " in text, argument.name
 
 
 @pytest.mark.parametrize(
@@ -132,6 +146,6 @@ def test_every_schedule_stays_in_range_and_can_be_pickled(momentum, steps, step)
      lambda: InverseGamma(1.1), lambda: InverseGamma(power=0), lambda: InverseGamma(inv_gamma=-1),
      lambda: InverseGamma(0.9, min_decay=0.95), lambda: CopyFirst(1.1)],
 )  # fmt: skip
-def test_bad_arguments(make):
+def test_arguments_out_of_range_raise(make):
     with pytest.raises(ValueError, match="must be"):
         make()

@@ -1,4 +1,4 @@
-"""A teacher that holds tensors of its student: a frozen base under trained adapters."""
+"""A teacher that shares tensors with its student: a frozen base under trained adapters."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ MOMENTUM = 0.9
 
 
 class Adapted(nn.Module):
-    """LoRA: a frozen linear layer, and a trained one of low rank beside it."""
+    """LoRA: a frozen linear layer with a trained low-rank branch."""
 
     def __init__(self, width: int, rank: int = 2) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def train(student: nn.Module) -> None:
 
 
 def storages(network: nn.Module) -> dict[int, int]:
-    """Address and bytes of each piece of memory."""
+    """Address and size in bytes of each storage."""
     tensors = [*network.parameters(), *network.buffers()]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
@@ -53,7 +53,7 @@ def state(network: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("how", ["a copy", "module"])
-def test_the_teacher_has_memory_for_the_adapters_only(how: str) -> None:
+def test_the_teacher_allocates_the_adapters_only(how: str) -> None:
     student = net()
     options = {"module": net()} if how == "module" else {}
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES, **options)
@@ -66,7 +66,7 @@ def test_the_teacher_has_memory_for_the_adapters_only(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a copy", "module", "module with values"])
-def test_what_is_not_shared_follows(how: str) -> None:
+def test_tensors_that_are_not_shared_follow(how: str) -> None:
     student = net()
     options = {"module": net(), "keep_values": "values" in how} if "module" in how else {}
     teacher = EMANTeacher(DataParallel(student).cpu(), MOMENTUM, rules=RULES, **options)
@@ -80,12 +80,12 @@ def test_what_is_not_shared_follows(how: str) -> None:
                 expected[name] = lerp(expected[name], tensor, MOMENTUM) if floats else tensor.clone()
             assert_same_bits(teacher.module.state_dict()[name], expected[name], name)
     plan = plan_for(teacher.module, student)
-    assert plan.works[0].numel == sum(t.numel() for name, t in expected.items() if not is_base(name))
+    assert plan.works[0][1].numel == sum(t.numel() for name, t in expected.items() if not is_base(name))
     assert [p.requires_grad for p in student.parameters()] == [p.requires_grad for p in net().parameters()]
     assert not any(p.requires_grad for p in teacher.module.parameters())
 
 
-def test_a_trained_tensor_that_is_shared_goes_on_being_trained() -> None:
+def test_a_shared_tensor_can_still_be_trained() -> None:
     student = net()
     teacher = EMANTeacher(student, rules={"1.*": "share"} | RULES)
     before = student[1].weight.detach().clone()
@@ -106,7 +106,7 @@ def test_shared_buffers() -> None:
     assert teacher.module[1].weight is not student[1].weight
 
 
-def test_swapped_leaves_what_is_shared() -> None:
+def test_swapped_leaves_shared_tensors() -> None:
     student = net()
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES)
     train(student)
@@ -135,7 +135,7 @@ def test_several_teachers_share_one_base() -> None:
     assert not torch.equal(teachers[0].module[0].up.weight, teachers[1].module[0].up.weight)
 
 
-def test_dtype_is_of_the_teachers_own_tensors() -> None:
+def test_dtype_applies_to_tensors_that_are_not_shared() -> None:
     student = net().to(torch.bfloat16)
     kept = state(student)
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES, dtype=torch.float32)
@@ -151,14 +151,14 @@ def test_dtype_is_of_the_teachers_own_tensors() -> None:
     assert teacher.module[0].up.weight.dtype == torch.float32
 
 
-def test_cast_reads_a_shared_base_in_the_half_type() -> None:
+def test_cast_runs_a_shared_base_in_the_low_precision() -> None:
     student = net()
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES, cast=torch.bfloat16)
     inputs = torch.randn(4, 64)
     for _ in range(2):
         train(student)
         with torch.no_grad():
-            student[0].base.weight += 1  # shared is shared, frozen or not
+            student[0].base.weight += 1  # the copy must follow a shared tensor, frozen or not
         teacher.update(student)
         plain = copy.deepcopy(teacher.module)
         plain = nn.Sequential(plain[0].bfloat16(), plain[1], plain[2].bfloat16())
@@ -166,7 +166,7 @@ def test_cast_reads_a_shared_base_in_the_half_type() -> None:
     assert student[0].base.weight.dtype == torch.float32
 
 
-def test_a_checkpoint_holds_the_base() -> None:
+def test_a_checkpoint_contains_the_base() -> None:
     student = net()
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES)
     train(student)
@@ -196,14 +196,14 @@ def replaced(student: nn.Module, teacher: EMANTeacher) -> EMANTeacher:
     ],
     ids=["deepcopy", "pickle", "a new layer"],
 )
-def test_what_is_shared_no_longer_is_an_error_with_its_remedy(part) -> None:
+def test_tensors_no_longer_shared_are_an_error_with_a_remedy(part) -> None:
     student = net()
     teacher = EMANTeacher(student, MOMENTUM, rules=RULES)
     teacher.update(student)
     teacher = part(student, teacher)
     train(student)
     kept = state(teacher.module)
-    match = r"0\.base\.weight: it is to be shared, and the teacher's is another tensor(.|\n)*keep_values=True"
+    match = r"0\.base\.weight: it is to be shared, but the teacher holds another tensor(.|\n)*keep_values=True"
     with pytest.raises(ValueError, match=match):
         teacher.update(student)
     for name, tensor in teacher.module.state_dict().items():
@@ -219,7 +219,7 @@ def test_networks_that_share_nothing_are_an_error() -> None:
         eman_update_(net(), net(), 0.5, rules=RULES)
 
 
-def test_tied_names_are_shared_both_or_neither() -> None:
+def test_tied_names_are_shared_together_or_not_at_all() -> None:
     student = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4, bias=False))
     student[1].weight = student[0].weight
     with pytest.raises(ValueError, match=r"1\.weight: the student ties it to 0\.weight, which is to be shared"):
@@ -232,7 +232,7 @@ def test_tied_names_are_shared_both_or_neither() -> None:
     assert other[1].weight is other[0].weight is student[0].weight
 
 
-def test_a_module_that_cannot_share_is_left_as_it_is() -> None:
+def test_a_module_that_cannot_share_is_left_unchanged() -> None:
     student, other = net(), net(32)
     with pytest.raises(ValueError, match=r"0\.base\.weight: the teacher's shape is \(32, 32\), the student's"):
         EMANTeacher(student, module=other, rules=RULES)

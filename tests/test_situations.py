@@ -1,4 +1,4 @@
-"""Situations that users of EMA teachers have reported: the right value, or an error that says what to do."""
+"""Situations reported by users of EMA teachers: the result is right, or an error says what to do."""
 
 import copy
 import threading
@@ -28,11 +28,11 @@ def trained(module):
     return module
 
 
-# ---------------------------------------------------------------- nothing half done
+# ---------------------------------------------------------------- all or nothing
 
 
 class Stubborn(torch.Tensor):
-    """A subclass that can be copied, and not averaged; of a quantized weight, for example."""
+    """A subclass that can be copied but not averaged, like some quantized weights."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -58,7 +58,7 @@ def test_a_subclass_that_torch_cannot_average(options, first):
     assert all((tensor.as_subclass(torch.Tensor) == 0).all() for tensor in teachers)
 
 
-def test_the_remedies_that_it_names():
+def test_the_remedies_in_the_error_work():
     teacher, student = net(), net()
     teacher[0].weight = nn.Parameter(teacher[0].weight.detach().as_subclass(Stubborn), requires_grad=False)
     student[0].weight = nn.Parameter(student[0].weight.detach().as_subclass(Stubborn), requires_grad=False)
@@ -74,7 +74,7 @@ def test_the_remedies_that_it_names():
 
 
 class Closed(torch.Tensor):
-    """Cannot even be written."""
+    """A subclass that cannot be written."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -104,17 +104,17 @@ class Tagged(torch.Tensor):
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"rounding": "stochastic", "step": 0}])
-def test_a_subclass_that_can(options):
+def test_a_subclass_that_can_be_averaged(options):
     teacher, student = torch.rand(5).as_subclass(Tagged), torch.rand(5).as_subclass(Tagged)
     expected = torch.lerp(teacher.as_subclass(torch.Tensor), student.as_subclass(torch.Tensor), 0.25)
     ema_update_([teacher], [student], 0.75, **options)
     assert torch.equal(teacher.as_subclass(torch.Tensor), expected)
 
 
-# ---------------------------------------------------------------- nothing to do is said
+# ---------------------------------------------------------------- updates without effect are reported
 
 
-def test_parameters_that_zero_3_has_taken():
+def test_parameters_partitioned_by_zero_3():
     student = net()
     teacher = EMANTeacher(student)
     for module in (teacher.module, student):
@@ -128,8 +128,8 @@ def test_parameters_that_zero_3_has_taken():
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_some_parameters_that_zero_3_has_taken(who):
-    """It keeps small ones whole."""
+def test_some_parameters_partitioned_by_zero_3(who):
+    """ZeRO-3 does not partition small parameters."""
     student = net()
     teacher = EMANTeacher(student)
     weights = [module[0].weight for module in (teacher.module, student)]
@@ -140,7 +140,7 @@ def test_some_parameters_that_zero_3_has_taken(who):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
-def test_an_empty_parameter_that_belongs_there():
+def test_an_intentionally_empty_parameter():
     student = nn.ModuleList([nn.Linear(3, 3), nn.Linear(0, 3)])
     teacher = EMANTeacher(student, 0.0)
     trained(student)
@@ -155,7 +155,7 @@ def test_rules_that_skip_everything(rules):
     with pytest.warns(UserWarning, match="the rules skip every tensor") as seen:
         teacher.update(student)
     assert seen[0].filename == __file__
-    teacher.update(student)  # once is enough
+    teacher.update(student)  # no second warning
     assert teacher.step == 2
 
 
@@ -170,7 +170,7 @@ def test_a_network_without_tensors(momentum, options):
         pass
 
 
-# ---------------------------------------------------------------- buffers whose average means nothing
+# ---------------------------------------------------------------- buffers whose average is not meaningful
 
 
 def spectral_hook(layer):
@@ -207,7 +207,7 @@ def test_masks_of_prune():
     student = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     for layer in student:
         prune.random_unstructured(layer, "weight", amount=0.5)
-        prune.random_structured(layer, "weight", amount=0.25, dim=0)  # a container of two methods
+        prune.random_structured(layer, "weight", amount=0.25, dim=0)  # a PruningContainer with two methods
     second = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     for layer in second:
         prune.identity(layer, "weight")
@@ -220,14 +220,14 @@ def test_masks_of_prune():
     assert torch.equal(second[0].weight_orig, torch.lerp(before, student[0].weight_orig, 1 - 0.9))
 
 
-def test_quantisation_observers():
+def test_quantization_observers():
     from torch.ao import quantization
 
     class Observed(nn.Sequential):
         pass
 
     student = Observed(nn.Linear(4, 4), quantization.MinMaxObserver(), quantization.FakeQuantize())
-    teacher = EMANTeacher(student, 0.5)  # its observers are at +-inf
+    teacher = EMANTeacher(student, 0.5)  # its observers start at +-inf
     student(torch.randn(8, 4))
     teacher.update(student)
     for name, buffer in student.named_buffers():
@@ -235,7 +235,7 @@ def test_quantisation_observers():
     assert teacher.module[1].min_val.isfinite()
 
 
-def test_a_users_rule_says_otherwise():
+def test_a_users_rule_takes_precedence():
     student = nn.Sequential(spectral_parametrization(nn.Linear(4, 4)))
     teacher = EMANTeacher(student, 0.5, rules={"*._u": "ema", "*._v": "skip"})
     mine, theirs = dict(teacher.module.named_buffers()), dict(student.named_buffers())
@@ -251,24 +251,24 @@ def test_a_users_rule_says_otherwise():
     assert torch.equal(mine[v], before[v])
 
 
-# ---------------------------------------------------------------- the front door
+# ---------------------------------------------------------------- arguments
 
 
-def test_arguments_the_wrong_way_round():
+def test_arguments_in_the_wrong_order():
     student = net()
     teacher = copy.deepcopy(student).requires_grad_(False)
     before = student[0].weight.clone()
-    with pytest.raises(ValueError, match=r"wrong way round, and the order is eman_update_\(teacher, student"):
+    with pytest.raises(ValueError, match=r"swapped. The order is eman_update_\(teacher, student"):
         eman_update_(student, teacher, 0.99)
-    with pytest.raises(ValueError, match=r"the order is ema_update_\(teacher_tensors, student_tensors"):
+    with pytest.raises(ValueError, match=r"The order is ema_update_\(teacher_tensors, student_tensors"):
         ema_update_(student.parameters(), teacher.parameters(), 0.99)
     assert torch.equal(student[0].weight, before)
-    # The order is right, and the teacher was left as deepcopy made it.
+    # The order is right, but the teacher requires gradients, as deepcopy leaves it.
     eman_update_(copy.deepcopy(student), student, 0.99)
     averaged = copy.deepcopy(student)
     ema_update_(averaged.parameters(), [p.detach() for p in student.parameters()], 0.0)
     assert torch.equal(averaged[0].weight, student[0].weight)
-    # So is that of a student that is fine-tuned in part.
+    # The order is right, and the student is partly frozen.
     nn.init.ones_(student[0].weight.requires_grad_(False))
     eman_update_(averaged, student, 0.0)
     assert (averaged[0].weight == 1).all()
@@ -330,14 +330,14 @@ def test_an_activation_does_not_stop_cast():
     assert teacher.step == 3
 
 
-def test_an_existing_network_as_the_teachers():
+def test_an_existing_network_as_the_teacher():
     student, own = trained(net()), net()
     before = own[0].weight.clone()
     assert torch.equal(EMANTeacher(student, module=own, keep_values=True).module[0].weight, before)
     teacher = EMANTeacher(student, module=nn.DataParallel(own).cpu(), rules={"2.*": "skip"}, buffers="skip")
     assert teacher.module is own
     for name, value in student.state_dict().items():
-        assert torch.equal(own.state_dict()[name], value), name  # also what updates skip
+        assert torch.equal(own.state_dict()[name], value), name  # including tensors that updates skip
     with pytest.raises(ValueError, match="the same module"):
         EMANTeacher(student, module=student)
     with pytest.raises(ValueError, match=r"2\.weight: the teacher's shape"):
@@ -378,10 +378,10 @@ def test_a_forward_that_was_patched_by_a_closure(where):
         EMANTeacher(student)
 
 
-def test_a_forward_that_is_the_copys_own():
+def test_a_patched_forward_that_is_copied():
     student = nn.Sequential(nn.Linear(4, 4), patched(nn.Linear(4, 4), Doubled))
-    student[0].forward = student[0].forward  # a bound method is copied with what it is bound to
-    student.forward = lambda x: x  # holds nobody
+    student[0].forward = student[0].forward  # deepcopy rebinds a bound method
+    student.forward = lambda x: x  # refers to no module
     teacher = EMANTeacher(student)
     assert teacher.module[0].forward.__self__ is teacher.module[0]
     assert teacher.module[1].forward.forward.__self__ is teacher.module[1]
@@ -391,7 +391,7 @@ def test_a_forward_that_is_the_copys_own():
     "wrong",
     [lambda s: s.parameters(), lambda s: list(s.parameters()), lambda s: s.state_dict(), lambda s: None.__class__],
 )
-def test_a_student_that_is_no_network(wrong):
+def test_a_student_that_is_not_a_module(wrong):
     student = net()
     teacher = EMANTeacher(student)
     for call in (
@@ -403,27 +403,27 @@ def test_a_student_that_is_no_network(wrong):
         lambda: EMANTeacher(student, module=wrong(student)),
         lambda: teacher.swap(wrong(student)),
     ):
-        with pytest.raises(TypeError, match=r"the network itself, an nn\.Module"):
+        with pytest.raises(TypeError, match=r"must be networks \(nn\.Module\)"):
             call()
     assert teacher.step == 0
 
 
-def test_lists_that_are_none():
+def test_arguments_that_are_not_lists_of_tensors():
     teacher, student = net().requires_grad_(False), net()
     for wrong, says in (
-        (teacher, r"take eman_update_\(teacher, student"),
+        (teacher, r"use eman_update_\(teacher, student"),
         (teacher.state_dict(), r"a OrderedDict; tensors are paired by position"),
         (dict(teacher.named_parameters()), r"a dict; tensors are paired by position"),
-        (torch.zeros(3, 3), r"a Tensor; a single tensor goes into a list"),
+        (torch.zeros(3, 3), r"a Tensor; put a single tensor into a list"),
         (3, r"a int"),
     ):
         with pytest.raises(TypeError, match=says):
             ema_update_(wrong, list(student.parameters()), 0.9)
         with pytest.raises(TypeError, match=says):
             ema_update_(list(teacher.parameters()), wrong, 0.9)
-    with pytest.raises(TypeError, match=r"student_tensors\[1\] must be a tensor, and is a numpy\.ndarray.*from_numpy"):
+    with pytest.raises(TypeError, match=r"student_tensors\[1\] must be a tensor, not a numpy\.ndarray.*from_numpy"):
         ema_update_([torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(2).numpy()], 0.5)
-    with pytest.raises(TypeError, match=r"teacher_tensors\[0\] must be a tensor, and is a builtins\.float"):
+    with pytest.raises(TypeError, match=r"teacher_tensors\[0\] must be a tensor, not a builtins\.float"):
         ema_update_([1.0], [torch.ones(2)], 0.5)
 
 
@@ -436,14 +436,14 @@ def test_a_mode_in_which_new_tensors_have_no_memory():
         with pytest.raises(RuntimeError, match=r"the plan's table is a FakeTensor\. Call update\(\) outside"):
             teacher.update(student)
         fake = net()
-        estimated = EMANTeacher(fake, module=net())  # of what training needs, say
+        estimated = EMANTeacher(fake, module=net())  # such as an estimate of the memory for training
         estimated.update(fake)
     assert (teacher.step, estimated.step) == (0, 1)
     for name, tensor in before.items():
         assert_same_bits(teacher.module.state_dict()[name], tensor, name)
 
 
-def test_found_inf_that_is_no_tensor():
+def test_found_inf_that_is_not_a_tensor():
     student = net()
     teacher = EMANTeacher(student)
     for wrong in (True, 0.0, {}, {torch.device("cpu"): torch.zeros(1)}):
@@ -451,7 +451,9 @@ def test_found_inf_that_is_no_tensor():
             lambda w: teacher.update(student, found_inf=w),
             lambda w: eman_update_(teacher.module, student, 0.9, found_inf=w),
         ):
-            with pytest.raises(TypeError, match=r"found_inf must be a tensor of one element, or None.*not enabled"):
+            with pytest.raises(
+                TypeError, match=r"found_inf must be a tensor of one element, or None.*disabled GradScaler"
+            ):
                 call(wrong)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
@@ -510,7 +512,7 @@ def test_loading_that_matches_nothing():
             teacher.load_state_dict(student.state_dict(), strict=strict)
     teacher.load_state_dict({"module.0.weight": torch.ones(8, 4)}, strict=False)
     assert (teacher.module[0].weight == 1).all()
-    # A parent's checkpoint from before it had a teacher is no error.
+    # A parent's checkpoint from before it had a teacher is accepted.
     nn.ModuleDict({"student": student, "teacher": teacher}).load_state_dict(
         {f"student.{name}": value for name, value in student.state_dict().items()}, strict=False
     )
@@ -540,18 +542,18 @@ def set_option(name, value):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_option("rounding", "stochastc"), "rounding='stochastc' is none of"),
-        (set_option("nonfinite", "drop"), "nonfinite='drop' is none of"),
+        (set_option("rounding", "stochastc"), "unknown rounding='stochastc'"),
+        (set_option("nonfinite", "drop"), "unknown nonfinite='drop'"),
         (set_option("seed", -1), "seed must be in"),
         (set_option("seed", 1 << 32), "seed must be in"),
-        (set_option("backend", "quick"), "backend='quick' is none of"),
+        (set_option("backend", "quick"), "unknown backend='quick'"),
         (set_option("buffer_rule", "average"), "unknown rule 'average'"),
         (set_option("rules", {"0.*": "freeze"}), "unknown rule 'freeze'"),
         (set_option("momentum", 1.5), "momentum must be in"),
         (set_option("cast", torch.int8), "cast must be"),
-        (set_option("step", -5), "whole number from 0, and is to be -5"),
-        (set_option("step", 2.5), "whole number from 0, and is to be 2.5"),
-        (lambda t: t.set_extra_state(torch.tensor(-5)), "whole number from 0, and is to be -5"),
+        (set_option("step", -5), "whole number from 0, but got -5"),
+        (set_option("step", 2.5), "whole number from 0, but got 2.5"),
+        (lambda t: t.set_extra_state(torch.tensor(-5)), "whole number from 0, but got -5"),
     ],
 )
 @pytest.mark.parametrize("several", [False, True])
@@ -577,18 +579,18 @@ def test_options_set_later_are_checked(change, says, several):
 @pytest.mark.parametrize(
     ("name", "value"), [("rounding", "stochastic"), ("rules", {"0.*": "skip"}), ("buffer_rule", "copy"), ("seed", 5)]
 )
-def test_one_of_several_with_options_of_its_own(name, value):
+def test_one_of_several_with_different_options(name, value):
     student = net()
     teachers = EMANTeachers(student, [0.9, 0.99])
     setattr(teachers[1], name, value)
-    with pytest.raises(ValueError, match=rf"options in common, and {name} of one is"):
+    with pytest.raises(ValueError, match=rf"equal options, but {name.replace('buffer_rule', 'buffers')} of one is"):
         teachers.update(student)
     assert [teacher.step for teacher in teachers] == [0, 0]
     setattr(teachers[0], name, value)
     teachers.update(student)
 
 
-def test_two_names_that_become_one():
+def test_two_names_that_become_equal():
     class Wrapped(nn.Linear):
         def __init__(self):
             super().__init__(2, 2)
@@ -604,9 +606,11 @@ def test_two_names_that_become_one():
 
     teacher, student = Outer(), Outer()
     teacher.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"inner\.weight and inner\._orig_mod\.weight are two tensors of one name"):
+    with pytest.raises(
+        ValueError, match=r"inner\.weight and inner\._orig_mod\.weight are two tensors, but both are called"
+    ):
         eman_update_(teacher, student, 0.5)
-    # A wrapper that keeps the tensor under both names is none of that.
+    # A wrapper that registers the same tensor under both names is accepted.
     for each in (teacher, student):
         each.inner._orig_mod.weight, each.inner._orig_mod.bias = each.inner.weight, each.inner.bias
     eman_update_(teacher, student, 0.5)
@@ -658,7 +662,7 @@ def other_dtype(matrix):
 
 
 @pytest.mark.parametrize("views", [one_column_twice, diagonal_and_row, corners_that_meet, other_dtype])
-def test_views_that_have_an_element_in_common(views):
+def test_views_that_share_an_element(views):
     teacher = torch.randn(6, 6)
     before = teacher.clone()
     with pytest.raises(ValueError, match="share memory"):
@@ -666,7 +670,7 @@ def test_views_that_have_an_element_in_common(views):
     assert torch.equal(teacher, before)
 
 
-def test_a_teachers_view_that_has_an_element_of_the_students():
+def test_a_teachers_view_that_shares_an_element_with_the_student():
     memory = torch.randn(6, 6)
     with pytest.raises(ValueError, match="share memory"):
         ema_update_([memory[:, :2]], [memory[:, 1:3]], 0.25)
@@ -675,12 +679,12 @@ def test_a_teachers_view_that_has_an_element_of_the_students():
     assert torch.equal(memory[:, :2], expected)
 
 
-def test_a_views_neighbours_by_counting():
-    """Against a count of bytes, for all pairs of strided views of a small memory."""
+def test_overlap_checks_against_counted_bytes():
+    """All pairs of strided views of a small memory, with overlaps found by counting bytes."""
     from itertools import product
 
-    from eman_kernels.memory import check_memory
-    from eman_kernels.pairing import Pair
+    from eman_kernels.networks.pairing import Pair
+    from eman_kernels.plan.overlaps import check_overlaps
 
     memory, other = torch.zeros(24), torch.zeros(24)
     shapes = [((n, m), (a, b)) for n, m, a, b in product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, 6))]
@@ -701,11 +705,11 @@ def test_a_views_neighbours_by_counting():
         (one, its), (two, theirs) = views[k // len(views)], views[k % len(views)]
         pairs = [Pair("one", one, other[: one.numel()], "ema"), Pair("two", two, other[: two.numel()], "ema")]
         try:
-            check_memory(pairs)
+            check_overlaps(pairs)
             fault = ""
         except ValueError as error:
             fault = str(error)
-        if "expanded" in fault:  # views whose strides are in no order are refused, all the same
+        if "expanded" in fault:  # views with unordered strides are refused even without an overlap
             continue
         assert bool(fault) == bool(its & theirs), (one.shape, one.stride(), two.shape, two.stride())
         checked += 1
@@ -723,8 +727,8 @@ def test_export_before_the_first_call(cast):
     assert torch.equal(exported.module()(x), teacher(x))
 
 
-def test_averaged_models_way(monkeypatch):
-    """A teacher that requires grad, as torch's AveragedModel leaves it, is no error; autograd still notices."""
+def test_a_teacher_like_that_of_averaged_model(monkeypatch):
+    """A teacher that requires grad, as in torch's AveragedModel, is accepted; autograd still detects the update."""
     student = trained(net())
     averaged = AveragedModel(student)
     assert all(p.requires_grad for p in averaged.parameters())

@@ -1,4 +1,4 @@
-"""EMANTeacher: what a training loop, a checkpoint and a debugger expect of it."""
+"""EMANTeacher in training loops, checkpoints, copies and compiled code."""
 
 import copy
 import io
@@ -59,7 +59,7 @@ def test_train_does_not_change_its_mode(student):
         assert not any(m.training for m in both.teacher.modules())
 
 
-def test_its_output_for_a_sample_does_not_depend_on_the_rest_of_the_batch(student):
+def test_the_output_for_a_sample_does_not_depend_on_the_batch(student):
     train_step(student)
     teacher = EMANTeacher(student).train()
     x = torch.randn(5, 3, 6, 6)
@@ -86,7 +86,7 @@ def test_update_follows_parameters_and_statistics(student):
     assert teacher.module[1].num_batches_tracked == student[1].num_batches_tracked > 0
 
 
-def test_update_remembers_the_student_and_says_when_it_has_none(student):
+def test_update_remembers_the_student_and_raises_without_one(student):
     teacher = EMANTeacher(student, momentum=0.0)
     with pytest.raises(RuntimeError, match=r"no student has been seen yet.*update\(student\)"):
         teacher.update()
@@ -117,7 +117,7 @@ def test_momentum_may_be_a_schedule_and_be_overridden(student):
     assert (teacher.module[0].bias == 5).all()
 
 
-def test_a_failed_update_is_no_step(student):
+def test_a_failed_update_does_not_count(student):
     teacher = EMANTeacher(student, momentum=lambda step: 2.0)
     with pytest.raises(ValueError, match="momentum must be in"):
         teacher.update(student)
@@ -206,7 +206,7 @@ def test_cast_runs_a_copy_and_keeps_a_float32_master(student):
     teacher = EMANTeacher(student, momentum=0.9, cast=torch.bfloat16)
     x = torch.randn(4, 3, 6, 6)
     teacher(x)
-    first = list(teacher._copy.copies)
+    first = list(teacher.state.low_precision.copies)
     for _ in range(3):
         train_step(student)
         before = copy.deepcopy(teacher.module.state_dict())
@@ -214,26 +214,26 @@ def test_cast_runs_a_copy_and_keeps_a_float32_master(student):
         for name, tensor in teacher.module.state_dict().items():
             want = student.state_dict()[name]
             assert_same_bits(tensor, lerp(before[name], want, 0.9) if want.is_floating_point() else want, name)
-        # Written along: no forward has looked at it yet.
-        for name, low in teacher._copy.tensors.items():
+        # The update wrote the copy too: no forward has run yet.
+        for name, low in teacher.state.low_precision.tensors.items():
             assert torch.equal(low, teacher.module.state_dict()[name].to(torch.bfloat16))
-        # The forward is that of a network that was cast anew, but for its BatchNorm, which stays as it is.
+        # The forward equals that of a freshly cast network whose BatchNorm is not cast.
         fresh = copy.deepcopy(teacher.module)
         for layer in (fresh[0], fresh[3]):
             layer.to(torch.bfloat16)
         out = teacher(x)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, fresh(x.to(torch.bfloat16)))
-        assert all(map(operator.is_, teacher._copy.copies, first))
+        assert all(map(operator.is_, teacher.state.low_precision.copies, first))
     plan = plan_for(teacher.module, student)
     assert not plan.ineligible
-    assert [work.general for work in plan.works] == [True]
+    assert [work.general for _, work in plan.works] == [True]
     assert {t.dtype for t in teacher.state_dict().values()} == {torch.float32, torch.int64}
     assert list(teacher.state_dict()) == list(EMANTeacher(student).state_dict())
-    assert list(teacher._copy.tensors) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    assert list(teacher.state.low_precision.tensors) == ["0.weight", "0.bias", "3.weight", "3.bias"]
 
 
-def test_cast_takes_what_the_network_takes(student):
+def test_cast_accepts_the_arguments_of_the_network(student):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -270,7 +270,7 @@ def load(teacher, assign=False):
         lambda teacher: teacher.module.__setitem__(3, nn.Linear(128, 4)),
     ],
 )
-def test_cast_notices_that_the_master_was_changed(student, change):
+def test_cast_detects_changes_of_the_master(student, change):
     teacher = EMANTeacher(student, momentum=1.0, cast=torch.bfloat16)
     teacher.update(student)
     x = torch.randn(2, 3, 6, 6)
@@ -282,17 +282,17 @@ def test_cast_notices_that_the_master_was_changed(student, change):
     assert torch.equal(teacher(x), fresh(x.to(torch.bfloat16)))
     train_step(student)
     teacher.update(student, momentum=0.0)
-    assert torch.equal(teacher._copy.tensors["0.weight"], student[0].weight.to(torch.bfloat16))
+    assert torch.equal(teacher.state.low_precision.tensors["0.weight"], student[0].weight.to(torch.bfloat16))
 
 
 def delete_and_make_a_layer(teacher):
-    """Its tensors can come to lie where the old ones were, with versions that have been seen."""
+    """The new tensors can have the addresses and versions of the old ones."""
     del teacher.module[0]
     teacher.module.insert(0, nn.Conv2d(3, 8, 3))
 
 
 def share_and_write(teacher):
-    """A new parameter over the same memory counts its own versions."""
+    """A new parameter on the same memory has its own version counter."""
     with torch.no_grad():
         for layer in (teacher.module[0], teacher.module[3]):
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
@@ -305,7 +305,7 @@ def swap_impls(teacher):
 
 
 def expected(teacher, x):
-    """The forward of a network that was cast anew, but for its BatchNorm."""
+    """The forward of a freshly cast network whose BatchNorm is not cast."""
     fresh = copy.deepcopy(teacher.module).eval()
     for layer in (fresh[0], fresh[3]):
         layer.to(torch.bfloat16)
@@ -329,7 +329,7 @@ def expected(teacher, x):
     ],
     ids=lambda change: change.__name__,
 )
-def test_the_copy_is_of_the_teacher_as_it_is(student, change, updates):
+def test_the_copy_follows_every_change_of_the_teacher(student, change, updates):
     teacher = EMANTeacher(student, momentum=0.5, cast=torch.bfloat16)
     x = torch.randn(2, 3, 6, 6)
     teacher(x)
@@ -358,8 +358,8 @@ def test_a_float64_network_with_a_copy():
         assert_same_bits(teacher.module[0].weight, lerp(before, student[0].weight.detach(), 0.5))
 
 
-def test_the_forward_is_of_the_teachers_own_modules(student):
-    """Hooks, attributes and what a forward keeps: there is no second network."""
+def test_the_forward_runs_the_teachers_modules(student):
+    """Hooks, attributes and values stored by a forward: there is no second network."""
     seen = []
     teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
     x = torch.randn(2, 3, 6, 6)
@@ -383,7 +383,7 @@ def test_the_forward_is_of_the_teachers_own_modules(student):
 
 
 def test_a_module_under_two_names_keeps_its_tensors_when_it_runs_with_a_copy():
-    """What is exchanged under both would come back as the copy, which no update writes as the teacher's."""
+    """If both names were substituted, the copy would remain in the module, and updates would miss it."""
     layer = nn.Linear(4, 4)
     student = nn.Sequential(layer, nn.Sequential(layer, nn.BatchNorm1d(4)))
     teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
@@ -404,8 +404,8 @@ def test_tied_weights_share_their_copy():
     student[1].weight = student[0].weight
     teacher = EMANTeacher(student, 0.0, cast=torch.float16)
     teacher(torch.randn(1, 4))
-    assert teacher._copy.tensors["0.weight"] is teacher._copy.tensors["1.weight"]
-    assert len(teacher._copy.copies) == 3
+    assert teacher.state.low_precision.tensors["0.weight"] is teacher.state.low_precision.tensors["1.weight"]
+    assert len(teacher.state.low_precision.copies) == 3
     with torch.no_grad():
         student[0].weight.add_(1)
     teacher.update(student)
@@ -421,17 +421,17 @@ def test_tied_weights_share_their_copy():
         lambda weight: weight.numpy().fill(3.0),
     ],
 )
-def test_refresh_after_a_write_that_torch_does_not_record(student, write):
+def test_refresh_after_a_write_that_torch_does_not_track(student, write):
     teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
     teacher.refresh()
     x = torch.randn(2, 3, 6, 6)
     before = teacher(x)
     write(teacher.module[0].weight)
-    assert torch.equal(teacher(x), before), "it was noticed: the docstring of refresh() is wrong"
-    low = teacher._copy.copies[0]
+    assert torch.equal(teacher(x), before), "the write was detected: the docstring of refresh() is wrong"
+    low = teacher.state.low_precision.copies[0]
     teacher.refresh()
     assert torch.equal(teacher(x), expected(teacher, x))
-    assert teacher._copy.copies[0] is low  # in place: a captured graph reads it
+    assert teacher.state.low_precision.copies[0] is low  # in place, because a captured graph reads it
 
 
 def test_a_teacher_that_requires_grad_with_a_copy(student):
@@ -443,11 +443,11 @@ def test_a_teacher_that_requires_grad_with_a_copy(student):
         with torch.no_grad():
             teacher.module[0].weight.add_(1)
         teacher.update(student)
-    assert not any(low.requires_grad for low in teacher._copy.copies)
+    assert not any(low.requires_grad for low in teacher.state.low_precision.copies)
 
 
-def test_a_new_master_that_looks_like_the_one_that_is_gone():
-    """The same addresses and version, and other values: Python and torch give out again what was freed last."""
+def test_a_new_master_that_looks_like_a_freed_one():
+    """The same addresses and version with other values, because Python and torch reuse what was freed last."""
     layer = nn.Linear(16, 16, bias=False)
     teacher = EMANTeacher(layer, 0.5, cast=torch.bfloat16)
     module, x = teacher.module, torch.eye(16)
@@ -458,27 +458,27 @@ def test_a_new_master_that_looks_like_the_one_that_is_gone():
         looks = id(old), old._version, old.data_ptr()
         module.weight = old = None
         new = nn.Parameter(torch.empty(16, 16), requires_grad=False)
-        new.data.fill_(number)  # which torch does not count
+        new.data.fill_(number)  # not counted in the version
         module.weight = new
         alike += looks == (id(new), new._version, new.data_ptr())
         del new
         assert torch.equal(teacher(x), torch.full((16, 16), number, dtype=torch.bfloat16))
     if not alike:
-        pytest.skip("this Python has given no address twice")
+        pytest.skip("this Python reused no address")
 
 
-def test_of_several_teachers_a_copy_that_is_in_use_is_written_along(student):
+def test_updates_of_several_teachers_write_the_copies_in_use(student):
     teachers = EMANTeachers(student, [0.5, 0.75], cast=torch.bfloat16)
     teachers[1](torch.randn(2, 3, 6, 6))
     train_step(student)
     teachers.update(student)
-    copy = teachers[1]._copy
+    copy = teachers[1].state.low_precision
     for name, low in copy.tensors.items():
         assert torch.equal(low, teachers[1].module.state_dict()[name].to(low.dtype)), name
 
 
 @pytest.mark.parametrize("backend", ["cpu", "foreach", "reference"])
-def test_after_an_update_no_copy_is_made_again(student, backend, monkeypatch):
+def test_an_update_allocates_no_new_copies(student, backend, monkeypatch):
     if reason := available_backends()[backend]:
         pytest.skip(reason)
     teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16, backend=backend)
@@ -507,7 +507,7 @@ def test_swapped_with_a_copy(student):
 
 
 class Graphs:
-    """A backend of torch.compile that runs what it is given, and counts."""
+    """A torch.compile backend that runs graphs unchanged and counts them."""
 
     def __init__(self):
         self.count = 0
@@ -547,7 +547,7 @@ def test_compiled_it_is_one_graph_that_follows(student, cast, fullgraph, forward
         change(teacher)
         teacher.refresh()
         torch.testing.assert_close(compiled(x), teacher(x), rtol=0, atol=1e-5)
-    # Nothing need be refreshed for the graph.
+    # The graph needs no refresh.
     teacher.module[0].weight.data.mul_(2)
     changed = compiled(x)
     teacher.refresh()
@@ -560,7 +560,7 @@ def test_compiled_it_is_one_graph_that_follows(student, cast, fullgraph, forward
 
 @pytest.mark.build
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.filterwarnings("ignore")  # of the compiler's
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
 @pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
 def test_compiled_by_inductor(student, cast):
     if shutil.which("g++") is None:
@@ -571,7 +571,7 @@ def test_compiled_by_inductor(student, cast):
     for _ in range(4):
         train_step(student)
         teacher.update(student)
-        # In bfloat16 inductor fuses, and rounds less often than the layers one by one.
+        # In bfloat16, fused layers round less often than separate ones.
         torch.testing.assert_close(compiled(x), teacher(x), **({} if cast else {"rtol": 0, "atol": 1e-5}))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -585,18 +585,21 @@ def test_cast_and_copies_of_the_teacher(student, clone):
     twin.update(student)
     x = torch.randn(2, 3, 6, 6)
     assert not torch.equal(twin(x), teacher(x))
-    assert twin._copy.tensors["0.weight"].data_ptr() != teacher._copy.tensors["0.weight"].data_ptr()
+    assert (
+        twin.state.low_precision.tensors["0.weight"].data_ptr()
+        != teacher.state.low_precision.tensors["0.weight"].data_ptr()
+    )
 
 
 def test_bad_casts(student):
-    with pytest.raises(ValueError, match=r"cast must be torch\.bfloat16 or torch\.float16, and is torch\.float32"):
+    with pytest.raises(ValueError, match=r"cast must be torch\.bfloat16 or torch\.float16, but is torch\.float32"):
         EMANTeacher(student, cast=torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
-        with pytest.raises(ValueError, match=r"cast=torch\.bfloat16 is no narrower than the teacher.*dtype="):
+        with pytest.raises(ValueError, match=r"cast=torch\.bfloat16 is not narrower than the teacher.*dtype="):
             EMANTeacher(student, dtype=dtype, cast=torch.bfloat16)
 
 
-# ---------------------------------------------------------------- the step, GradScaler's tensor, what is skipped
+# ---------------------------------------------------------------- the step, found_inf, skipped elements
 
 
 @pytest.mark.parametrize("capturable", [False, True])
@@ -618,7 +621,7 @@ def test_found_inf_leaves_the_teacher_its_counters_and_its_step(student, captura
 
 
 def test_found_inf_of_gradscaler(student):
-    """Its own tensor, in the loop that README shows, and a real overflow."""
+    """GradScaler's tensor, in the loop of the README, with a real overflow."""
     teacher = EMANTeacher(student, momentum=0.5)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
@@ -641,16 +644,16 @@ def test_a_step_on_the_device_is_the_same_as_one_on_the_host(student, options):
         train_step(student)
         for teacher in teachers:
             teacher.update(student)
-    assert isinstance(teachers[1]._step, torch.Tensor)
+    assert isinstance(teachers[1].state.step, torch.Tensor)
     assert [teacher.step for teacher in teachers] == [4, 4]
     for one, other in zip(*(teacher.module.state_dict().values() for teacher in teachers), strict=True):
         assert torch.equal(one, other)
     resumed = EMANTeacher(student, schedule, capturable=True, **options)
     resumed.update(student)
-    step = resumed._step
+    step = resumed.state.step
     resumed.load_state_dict(teachers[0].state_dict())
     assert resumed.step == 4
-    assert resumed._step is step  # in place: a captured graph reads it there
+    assert resumed.state.step is step  # in place, because a captured graph reads it there
     train_step(student)
     for teacher in (*teachers, resumed):
         teacher.update(student)
@@ -677,7 +680,7 @@ def test_nonfinite_elements_are_skipped_and_counted(student):
 # ---------------------------------------------------------------- several teachers, and swapping
 
 
-def test_several_teachers_are_what_each_would_be_alone(student):
+def test_several_teachers_equal_separate_ones(student):
     momenta = [0.9, schedules.WarmUp(0.99), torch.tensor(0.9999, dtype=torch.float64)]
     teachers = EMANTeachers(student, momenta, nonfinite="skip", cast=torch.float16)
     alone = [EMANTeacher(student, momentum) for momentum in momenta]
@@ -690,7 +693,7 @@ def test_several_teachers_are_what_each_would_be_alone(student):
     for i, teacher in enumerate(alone):
         for name, tensor in teacher.module.state_dict().items():
             assert torch.equal(tensor, teachers[i].module.state_dict()[name]), (i, name)
-    (work,) = plan_for(teachers[0].module, student).works
+    ((_, work),) = plan_for(teachers[0].module, student).works
     assert (work.n_teachers, work.general, sum(map(len, work.places.values()))) == (3, True, 3 * 9)
     x = torch.randn(2, 3, 6, 6)
     for out, teacher in zip(teachers(x), alone, strict=True):
@@ -713,7 +716,7 @@ def test_several_teachers_resume(student):
 
 
 def test_one_of_several_is_replaced(student):
-    """The plan knows all of them, not the first alone."""
+    """The plan depends on all teachers, not only on the first."""
     teachers = EMANTeachers(student, [0.0, 0.0])
     teachers.update(student)
     teachers.teachers[1] = EMANTeacher(student, 0.0)
@@ -748,7 +751,7 @@ def test_swapped(student):
     with teacher.swapped(student):
         assert torch.equal(student(x), theirs)
         assert torch.equal(teacher(x), own)
-        with pytest.raises(RuntimeError, match="swapped with its student: update after the context"):
+        with pytest.raises(RuntimeError, match="swapped with its student: update it after the swap"):
             teacher.update(student)
         with pytest.raises(RuntimeError, match="swapped already"), teacher.swapped():
             pass
@@ -771,7 +774,7 @@ def test_autograd_notices_a_swap(student):
         loss.backward()
 
 
-def test_what_cannot_be_swapped(student):
+def test_networks_that_cannot_be_swapped(student):
     teacher = EMANTeacher(student, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"0\.weight: the teacher is torch\.float64, the student torch\.float32"):
         teacher.swapped(student).__enter__()
@@ -785,13 +788,13 @@ def test_what_cannot_be_swapped(student):
 
 
 def test_bad_modes(student):
-    with pytest.raises(ValueError, match="rounding='up' is none of 'nearest', 'stochastic'"):
+    with pytest.raises(ValueError, match="unknown rounding='up': it must be one of 'nearest', 'stochastic'"):
         EMANTeacher(student, rounding="up")
-    with pytest.raises(ValueError, match="nonfinite='drop' is none of 'propagate', 'skip'"):
+    with pytest.raises(ValueError, match="unknown nonfinite='drop': it must be one of 'propagate', 'skip'"):
         EMANTeacher(student, nonfinite="drop")
-    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^32\), and is -1"):
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^32\), but is -1"):
         EMANTeacher(student, seed=-1)
-    with pytest.raises(ValueError, match=r"found_inf must be one number, and is of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"found_inf must have one element, but its shape is \(2,\)"):
         EMANTeacher(student).update(student, found_inf=torch.zeros(2))
 
 
@@ -799,7 +802,7 @@ def test_bad_arguments(student):
     for momentum in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="momentum must be in"):
             EMANTeacher(student, momentum)
-    with pytest.raises(ValueError, match="backend='quick' is none of"):
+    with pytest.raises(ValueError, match="unknown backend='quick'"):
         EMANTeacher(student, backend="quick")
-    with pytest.raises(ValueError, match=r"floating-point dtype, and is torch\.int8"):
+    with pytest.raises(ValueError, match=r"floating-point dtype, but is torch\.int8"):
         EMANTeacher(student, dtype=torch.int8)

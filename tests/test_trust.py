@@ -1,4 +1,4 @@
-"""The seeded faults of trust/faults.py fit the code as it is. `make mutants` shows that the tests see them."""
+"""The seeded faults of trust/faults.py apply to the current code. `make mutants` shows that the tests detect them."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from faults import FAULTS  # noqa: E402
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_fault_can_be_put_in(fault):
+def test_a_fault_applies(fault):
     text = (ROOT / fault.path).read_text()
     assert text.count(fault.old) == 1
     assert fault.new != fault.old

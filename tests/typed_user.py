@@ -1,6 +1,7 @@
-"""A user's code. It is run, and passes mypy and pyright in their strict modes: test_types.py."""
+"""Example user code that test_types.py runs and checks with mypy and pyright in strict mode."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from eman_kernels import (
     EMANTeacher,
     EMANTeachers,
     Momentum,
+    Options,
     Rule,
     available_backends,
     ema_update_,
@@ -32,7 +34,7 @@ class Network(nn.Module):
 
 
 def falling(step: int | Tensor) -> float | Tensor:
-    """A schedule of one's own."""
+    """A user-defined schedule."""
     return 0.5 / (step + 1)
 
 
@@ -61,15 +63,15 @@ def train() -> EMANTeacher:
         targets: Tensor = teacher(images)
         loss = nn.functional.mse_loss(student(images), targets.float())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # pyright: ignore[reportUnknownMemberType] (torch's own)
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType] (torch's own)
+        loss.backward()  # type: ignore[no-untyped-call]  # pyright: ignore[reportUnknownMemberType] (in torch)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType] (in torch)
     handle.remove()
     teacher.update(student, momentum=0.5, found_inf=torch.zeros(()))
     teacher.update()
     teacher.refresh()
     teacher.step += 1
-    missed: int = 0 if teacher.skipped is None else int(teacher.skipped)
-    assert missed == 0
+    skipped: int = 0 if teacher.skipped is None else int(teacher.skipped)
+    assert skipped == 0
     with teacher.swapped():
         evaluate(student)
     teacher.swap(student)
@@ -100,13 +102,13 @@ def train_several() -> list[int]:
     return [teacher.step for teacher in teachers]
 
 
-def mistaken(student: nn.Module) -> None:
-    """Never run. mypy would complain of a comment on a line in which it finds no error."""
+def misuse(student: nn.Module) -> None:
+    """Never called. In strict mode mypy reports a ``type: ignore`` on a line without an error."""
     EMANTeachers(student, [0.9], rounding="up")  # type: ignore[arg-type]
     EMANTeachers(student, [0.9], momentum=0.9)  # type: ignore[call-arg]
 
 
-def by_hand() -> str:
+def use_functions() -> str:
     teacher, student = Network(), Network()
     rules: dict[str, Rule] = {"linear.*": "skip"}
     eman_update_(teacher, student, 0.99, rules=rules, buffers="copy")
@@ -115,12 +117,19 @@ def by_hand() -> str:
     ema_update_(list(teacher.parameters()), list(student.parameters()), 0.999)
     with swapped(teacher, student, buffers="ema"):
         evaluate(student)
+    follower = EMANTeacher(student)
+    follower.options = replace(follower.options, rounding="stochastic")
+    follower.buffer_rule, follower.rules = "copy", rules
+    assert follower.options == Options(rules, "copy", rounding="stochastic")
+    step: int = follower.step
+    assert follower.rounding == "stochastic"
+    assert step == 0
     plan = plan_for(teacher, student)
     return "" if plan is None else plan.describe()
 
 
-def momenta() -> list[float]:
-    every: list[Callable[[int | Tensor], float | Tensor]] = [
+def use_schedules() -> list[float]:
+    all_schedules: list[Callable[[int | Tensor], float | Tensor]] = [
         schedules.Constant(0.9),
         schedules.Cosine(0.996, steps=100),
         schedules.WarmUp(0.999),
@@ -130,16 +139,16 @@ def momenta() -> list[float]:
         schedules.Average(),
         schedules.CopyFirst(schedules.WarmUp(0.99)),
     ]
-    return [float(schedule(7)) for schedule in every]
+    return [float(schedule(7)) for schedule in all_schedules]
 
 
-def missing() -> dict[str, str]:
+def unavailable_backends() -> dict[str, str]:
     return {name: reason for name, reason in available_backends().items() if reason is not None}
 
 
 if __name__ == "__main__":
     assert train().step == 5
     assert train_several() == [1, 1, 1, 1]
-    assert by_hand()
-    assert len(momenta()) == 8
-    assert "reference" not in missing()
+    assert use_functions()
+    assert len(use_schedules()) == 8
+    assert "reference" not in unavailable_backends()

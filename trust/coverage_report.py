@@ -1,8 +1,8 @@
-"""What the tests run of the package's Python and of csrc/ in a host build, in a copy of the project.
+"""Line coverage of the package's Python and, in a host build, of csrc/, measured in a copy of the project.
 
-    python trust/coverage_report.py [PYTEST'S ARGUMENTS]     # default: all tests but those of other code
+    python trust/coverage_report.py [PYTEST'S ARGUMENTS]     # default: all tests except those of other code
 
-Fails below 95 % of lines of either. What is left out says why beside it: `# pragma: no cover - reason` in Python,
+Fails below 95 % of lines of either. Excluded lines state the reason: `# pragma: no cover - reason` in Python,
 GCOVR_EXCL in C++.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from project import AT_ONCE, build, copy_project, environment, pytest_command
 
 LEAST = 95
-# What they run is the installer, the benchmarks and the trainings: a third of the time, and no line of the package that
-# the others do not reach. An interrupt within coverage's own lines leaves its lock locked.
+# These run the installer, the benchmarks and trainings: a third of the time, and no line of the package that the other
+# tests do not reach. test_interrupts.py is excluded because an interrupt inside coverage leaves its lock locked.
 LEFT_OUT = ("build", "benchmark", "methods", "interrupts")
 CONFIG = """
 [run]
@@ -29,8 +29,8 @@ disable_warnings = no-data-collected
 show_missing = true
 skip_covered = true
 """
-# Triton compiles its functions, and torch.compile reads what it traces: no line of either is run by Python (but in
-# Triton's interpreter, which copies them).
+# Triton compiles its functions and torch.compile traces code, so Python runs no line of either. (Triton's interpreter
+# runs copies of the functions.)
 CONFIG += "exclude_also =\n    @triton.jit[\\s\\S]*?(?=\\n\\n    @|\\Z)\n    if torch.compiler.is_compiling\n"
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             old.unlink()
         build(project, "--coverage -O1 -fprofile-update=atomic")
         (project / ".coveragerc").write_text(CONFIG)
-        # tests/test_host_kernel.py compiles CUDA's kernels, and takes the usual variable.
+        # tests/test_host_kernel.py compiles the CUDA kernels for the host, and uses CXXFLAGS.
         env = environment(project, CXXFLAGS="--coverage -fprofile-update=atomic")
         arguments = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT)]
         tests = pytest_command(f"--basetemp={project}/tmp", *arguments)
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
                 "--filter",
                 f"{project}/csrc/",
                 f"--fail-under-line={LEAST}",
-                "--merge-lines",  # of a template, and of the clones of which the loader picks one
+                "--merge-lines",  # of template instances, and of clones, of which one is loaded
                 "--merge-mode-functions=merge-use-line-0",
                 "--gcov-ignore-errors=no_working_dir_found",
                 project,

@@ -1,4 +1,4 @@
-"""Tables of chunks made of random bytes, through both kernels on the host: libFuzzer where clang has it, else a driver.
+"""Fuzz both kernels on the host with chunk tables made from random bytes, by libFuzzer if available, else by a driver.
 
 python trust/fuzz.py [SECONDS]     # default 60
 """
@@ -14,7 +14,7 @@ CLANGS = ("clang++", *(f"clang++-{version}" for version in range(24, 13, -1)))
 SOURCES = [ROOT / "trust/fuzz_table.cpp", ROOT / "csrc/eman_update_cpu.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-DEMAN_NO_CLONES"]
 FLAGS += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
-INPUTS_PER_SECOND = 500  # of the driver, or fewer
+INPUTS_PER_SECOND = 500  # of the driver, at most
 
 
 def main(seconds: int) -> int:
@@ -27,7 +27,7 @@ def main(seconds: int) -> int:
                 corpus.mkdir()
                 options = [f"-max_total_time={seconds}", "-max_len=256", "-len_control=0", "-print_final_stats=1"]
                 return subprocess.run([program, *options, corpus], cwd=ROOT).returncode
-        print("no clang with libFuzzer: random inputs, by g++")
+        print("no clang with libFuzzer: random inputs with g++")
         command = ["g++", *FLAGS, "-DEMAN_DRIVER", "-fsanitize=address,undefined", *SOURCES, "-o", program]
         subprocess.run(command, check=True)
         return subprocess.run([program, str(seconds * INPUTS_PER_SECOND)]).returncode

@@ -1,7 +1,8 @@
-// libFuzzer's target: a table of chunks made of any bytes, run by the CPU's and CUDA's kernels under sanitizers. Each
-// tensor is one malloc, so that an access outside of it is seen, and both kernels must leave the same numbers.
+// A libFuzzer target: builds a chunk table from arbitrary bytes and runs it on the CPU and CUDA kernels under
+// sanitizers. Each tensor has its own malloc, so that an access outside of it is detected. Both kernels must give the
+// same numbers.
 //
-// With EMAN_DRIVER it has a main() of its own, for compilers without libFuzzer: argv[1] random inputs.
+// For compilers without libFuzzer, define EMAN_DRIVER: main() then runs argv[1] random inputs.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,7 +12,7 @@
 #include <vector>
 
 #include "host_cuda.h"
-// The kernels come after what CUDA would define.
+// Included after host_cuda.h, which replaces CUDA's definitions.
 #include "eman_update.cuh"
 #include "eman_update.h"
 
@@ -19,9 +20,9 @@ namespace {
 
 using namespace eman;
 
-constexpr uint32_t kMostElements = 16384;  // of a chunk
+constexpr uint32_t kMostElements = 16384;  // per chunk
 
-// Zeros behind its end.
+// Reads numbers from the input; zeros after its end.
 struct Input {
   const uint8_t* at;
   size_t left;
@@ -32,7 +33,7 @@ struct Input {
   }
 };
 
-// The same values twice: for the CPU's kernel and for CUDA's. Its last byte is its allocation's last.
+// A tensor with the same values twice, for the CPU kernel and the CUDA kernel. It ends where its allocation ends.
 struct Tensor {
   uint32_t offset, bytes;
   std::unique_ptr<uint8_t[]> memory[2];
@@ -75,23 +76,23 @@ struct Piece {
 
 enum Kernel { kPlain, kGeneral, kSwap };
 
-void run_on_cpu(Kernel kernel, const Call& call, int64_t n_pieces) {
+void run_on_cpu(Kernel kernel, const Arguments& arguments, int64_t n_pieces) {
   if (kernel == kSwap) {
-    swap_cpu(call.chunks, n_pieces, 1);
+    swap_cpu(arguments.chunks, n_pieces, 1);
   } else {
-    update_cpu(call, n_pieces, kernel == kGeneral, 1);
+    update_cpu(arguments, n_pieces, kernel == kGeneral, 1);
   }
 }
 
-void run_as_cuda(Kernel kernel, const Call& call, int64_t n_pieces) {
+void run_as_cuda(Kernel kernel, const Arguments& arguments, int64_t n_pieces) {
   for (blockIdx.x = 0; blockIdx.x < n_pieces; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < static_cast<unsigned>(kThreads); ++threadIdx.x) {
       if (kernel == kSwap) {
-        eman_swap(call.chunks);
+        eman_swap(arguments.chunks);
       } else if (kernel == kGeneral) {
-        eman_update_general(call);
+        eman_update_general(arguments);
       } else {
-        eman_update(call);
+        eman_update(arguments);
       }
     }
   }
@@ -116,7 +117,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::vector<Chunk> tables[2];
   for (int i = 0; i < n_pieces; ++i) {
     const auto pair = static_cast<uint16_t>(kernel == kSwap ? 8 + input.next(4) : input.next(12));
-    // Mostly small, for their ends; now and then a whole chunk.
+    // Mostly small, which tests the ends of chunks; sometimes a full chunk.
     const uint32_t numel = input.next(16) == 0 ? kMostElements - input.next(3) : 1 + input.next(600);
     uint32_t teacher_bytes = 0, student_bytes = 0;
     bool casts = false;
@@ -133,7 +134,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       piece.teachers.emplace_back(teacher_bytes * input.next(9), numel * teacher_bytes, random);
       piece.copies.emplace_back(casts ? 2 * input.next(9) : 0, casts ? numel * 2 : 0, random);
     }
-    // Whether vectors may be used is one question for all teachers of a piece, as plan.py's bundles have one layout.
+    // The kernels read kVector16 from the first record of a piece only, so it must hold for all teachers of the piece.
     for (int which = 0; which < 2; ++which) {
       uint64_t addresses = piece.student.address(which);
       for (int k = 0; k < n_teachers; ++k) {
@@ -160,24 +161,24 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const float found_inf = input.next(8) == 0 ? 1.0f : 0.0f;
   const int64_t step = input.next(1 << 16);
   unsigned long long skipped[2] = {0, 0};
-  Call call{};
-  call.n_teachers = n_teachers;
-  for (int k = 0; k < n_teachers; ++k) call.weights[k] = Weight(momenta[k]);
+  Arguments arguments{};
+  arguments.n_teachers = n_teachers;
+  for (int k = 0; k < n_teachers; ++k) arguments.weights[k] = Weight(momenta[k]);
   if (input.next(2)) {
-    call.momenta = momenta;
-    call.momenta_are_double = true;
+    arguments.momenta = momenta;
+    arguments.momenta_are_double = true;
   }
-  if (input.next(2)) call.found_inf = &found_inf;
-  call.stochastic = input.next(2);
-  call.skip_nonfinite = input.next(2);
-  call.philox = {input.next(1 << 16), static_cast<uint32_t>(step)};
-  if (input.next(2)) call.step = &step;
+  if (input.next(2)) arguments.found_inf = &found_inf;
+  arguments.stochastic = input.next(2);
+  arguments.skip_nonfinite = input.next(2);
+  arguments.philox = {input.next(1 << 16), static_cast<uint32_t>(step)};
+  if (input.next(2)) arguments.step = &step;
   const bool counts = input.next(2);
 
   for (int which = 0; which < 2; ++which) {
-    call.chunks = tables[which].data();
-    call.skipped = counts ? &skipped[which] : nullptr;
-    (which == 0 ? run_on_cpu : run_as_cuda)(kernel, call, n_pieces);
+    arguments.chunks = tables[which].data();
+    arguments.skipped = counts ? &skipped[which] : nullptr;
+    (which == 0 ? run_on_cpu : run_as_cuda)(kernel, arguments, n_pieces);
   }
 
   expect(skipped[0] == skipped[1], "the kernels skipped different numbers of elements");

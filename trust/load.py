@@ -1,9 +1,9 @@
-"""A long run: time, memory and descriptors at its begin and at its end must be alike.
+"""A long run. Time per update, memory and file descriptors must not grow.
 
-    python trust/load.py [SHARE]     # 1: all of it, an hour or so; 0.01: a hundredth of the updates
+    python trust/load.py [SHARE]     # default 1, about an hour; 0.01: a hundredth of the updates
 
-A million updates of a small model, ten thousand of ResNet-50, 10,000 teachers made and dropped, a list of 10,000
-tensors, and one tensor of more than 2^31 elements where there is room for two.
+A million updates of a small model, 10,000 of ResNet-50, 10,000 teachers created and deleted, a list of 10,000
+tensors, and one tensor of more than 2^31 elements if the memory suffices for two.
 """
 
 import gc
@@ -21,7 +21,7 @@ from torch import nn
 from eman_kernels import EMANTeacher, ema_update_, known
 
 PARTS = 20
-GROWTH = 2 << 20  # bytes: what the allocator may keep
+GROWTH = 2 << 20  # bytes that the allocator may retain
 
 
 def resident() -> int:
@@ -34,7 +34,7 @@ def descriptors() -> int:
 
 
 def endure(name: str, act: Callable[[], object], times: int) -> None:
-    """Run it `times` times in parts of one length, and compare the first parts with the last."""
+    """Run it `times` times in equal parts, and compare the first parts with the last."""
     for _ in range(max(10, times // 100)):
         act()
     memory, files, plans = resident(), descriptors(), (len(known._networks), len(known._lists))
@@ -54,9 +54,9 @@ def endure(name: str, act: Callable[[], object], times: int) -> None:
     )
     assert grown < GROWTH, "memory grows"
     assert descriptors() == files, "descriptors are left open"
-    assert (len(known._networks), len(known._lists)) == plans, "plans of what is gone are kept"
-    # Of minutes on a machine with others on it; a leak that slows it down does so by more.
-    assert last < 2 * first, "it becomes slower"
+    assert (len(known._networks), len(known._lists)) == plans, "plans of deleted networks are kept"
+    # Generous, because other processes disturb the timing. A leak slows updates down by more.
+    assert last < 2 * first, "updates become slower"
 
 
 def small(share: float) -> None:

@@ -1,8 +1,8 @@
-"""Put each of the faults into a copy of the project, run the tests that should see it, and name those that none saw.
+"""Apply each fault to a copy of the project, run the tests that should detect it, and list the undetected faults.
 
     python trust/mutants.py [--at-once] [WORD ...]
 
-Only faults with one of these words in their path or text. --at-once: the tests are known to pass without a fault.
+WORD selects faults whose path or text contains one of the words. --at-once skips the first run without a fault.
 """
 
 import subprocess
@@ -14,16 +14,16 @@ from pathlib import Path
 from faults import FAULTS, HOST, Fault
 from project import build, copy_project, environment, pytest_command
 
-SECONDS = 900  # a fault that makes the tests wait for longer is seen
+SECONDS = 900  # a fault with which the tests run longer counts as detected
 
 
 def is_built(fault: Fault) -> bool:
-    """Such faults come last: the extension that is left behind has the last of them in it."""
+    """Whether the extension is rebuilt. Such faults run last, because the extension keeps the last of them."""
     return fault.path.startswith("csrc/") and fault.tests != HOST
 
 
 def run_tests(project: Path, files: list[str], chosen: str = "") -> tuple[bool, str]:
-    """Whether they failed, and the last line that they printed."""
+    """Whether the tests failed, and the last line of their output."""
     command = pytest_command("-x", *(f"tests/{file}" for file in files), *(["-k", chosen] if chosen else []))
     try:
         done = subprocess.run(
@@ -32,7 +32,7 @@ def run_tests(project: Path, files: list[str], chosen: str = "") -> tuple[bool, 
     except subprocess.TimeoutExpired:
         return True, f"still running after {SECONDS} s"
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    if done.returncode < 0 or done.returncode == 1:  # a crash is seen too
+    if done.returncode < 0 or done.returncode == 1:  # a crash counts as detected
         return True, last
     return False, last if done.returncode == 0 else f"pytest ended with {done.returncode}: {last}"
 
@@ -40,7 +40,7 @@ def run_tests(project: Path, files: list[str], chosen: str = "") -> tuple[bool, 
 def try_fault(project: Path, fault: Fault) -> tuple[bool, str]:
     path = project / fault.path
     text = path.read_text()
-    assert text.count(fault.old) == 1, f"not once there: {fault}"
+    assert text.count(fault.old) == 1, f"not found exactly once: {fault}"
     path.write_text(text.replace(fault.old, fault.new))
     try:
         if is_built(fault):

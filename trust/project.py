@@ -1,4 +1,4 @@
-"""A copy of the project, to build and break: nothing here touches the tree itself."""
+"""A copy of the project to build and modify, so that the tree itself stays unchanged."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
-# pytest's arguments for a process a core, each with whole files.
+# Arguments of pytest: one process per core, and a whole file per process.
 AT_ONCE = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def copy_project(to: Path) -> None:
-    """All that git knows of or would add, and the extension that is there."""
+    """Copy all tracked and untracked files that git does not ignore, and the built extension."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for path in [*map(ROOT.joinpath, listed.splitlines()), *ROOT.glob("eman_kernels/_C*.so")]:
@@ -25,7 +25,7 @@ def copy_project(to: Path) -> None:
 
 
 def build(project: Path, flags: str = "") -> None:
-    """Build the extension anew, without CUDA. flags: the compiler's. Raises CalledProcessError."""
+    """Rebuild the extension without CUDA, with these compiler flags. Raises CalledProcessError."""
     folder = project / "build"
     definitions = {
         "Python_EXECUTABLE": sys.executable,
@@ -42,7 +42,7 @@ def build(project: Path, flags: str = "") -> None:
 
 
 def environment(project: Path, **more: str) -> dict[str, str]:
-    """In which Python imports the copy, and finds the tools that were installed beside it."""
+    """An environment in which Python imports the copy and finds the tools of its virtual environment."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1", "PATH": path} | more
 

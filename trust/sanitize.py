@@ -1,7 +1,7 @@
-"""The tests that a CPU can run, with the extension built under AddressSanitizer and UBSan, in a copy of the project;
-before them the CPU kernel under ThreadSanitizer, several plans at once.
+"""Run the CPU kernel under ThreadSanitizer, with several plans at once. Then run the tests that need no GPU, in a copy
+of the project whose extension is built with AddressSanitizer and UBSan.
 
-python trust/sanitize.py [PYTEST'S ARGUMENTS]     # default: all tests but those that build, measure or train
+python trust/sanitize.py [PYTEST'S ARGUMENTS]     # default: all tests except those that build, measure or train
 """
 
 import subprocess
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from project import AT_ONCE, build, copy_project, environment, pytest_command
 
-# A build for any x86-64: the loader picks the clones before the sanitizer can run.
+# Without function clones, because the loader selects them before the sanitizer is initialized.
 FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -DEMAN_NO_CLONES "
     "-fno-sanitize=vptr"
 )
-# The first build or measure something, and compile; the last two start processes that do.
+# These compile, measure or train, or start processes that do.
 LEFT_OUT = ("build", "benchmark", "methods", "readme", "triton", "host_kernel", "cuda")
 
 
 def threads(project: Path) -> None:
-    """Raises AssertionError if there is a race, or the sanitizer does not see the one that is made on purpose."""
+    """Raises AssertionError if there is a race, or if the sanitizer misses the intentional one."""
     program = project / "threads_cpu"
     sources = [project / "trust/threads_cpu.cpp", project / "csrc/eman_update_cpu.cpp"]
-    # Without OpenMP: its own waiting is not built so, and would be taken for races.
+    # Without OpenMP, whose library is not instrumented, so its synchronization would be reported as races.
     flags = ["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-DEMAN_NO_CLONES", "-fsanitize=thread", "-pthread"]
     subprocess.run(["g++", *flags, f"-I{project}/csrc", *sources, "-o", program], check=True)
     for argument, races in ([], False), (["race"], True):
@@ -32,7 +32,7 @@ def threads(project: Path) -> None:
         seen = "data race" in done.stderr
         assert seen == races, done.stderr
         assert races or done.returncode == 0, done.stderr
-    print("ThreadSanitizer: several plans at once do not race, and two that share a teacher do")
+    print("ThreadSanitizer: several plans at once do not race, and two that share a teacher do (as intended)")
 
 
 def main(arguments: list[str]) -> int:
@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> int:
         build(project, FLAGS)
         sanitized = environment(
             project,
-            # Python itself is not built so: the library must be there before the extension is.
+            # Python itself is not instrumented, so the library must be loaded before the extension.
             LD_PRELOAD=f"{library.strip()} {undefined.stdout.strip()}",
-            # Python and torch keep what they have until the process ends.
+            # Python and torch free their memory only when the process ends.
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
             UBSAN_OPTIONS="print_stacktrace=1",
         )

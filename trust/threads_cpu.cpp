@@ -1,5 +1,6 @@
-// Several plans at once on the CPU kernel, for ThreadSanitizer: threads that share a student, and nothing else, do not
-// race. With an argument two of them share a teacher too: that the sanitizer sees it. trust/sanitize.py runs both.
+// Several plans at the same time on the CPU kernel, for ThreadSanitizer: threads that share only a student must not
+// race. With an argument, two threads also share a teacher, to show that the sanitizer detects races. trust/sanitize.py
+// runs both.
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -26,13 +27,13 @@ int main(int argc, char**) {
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       unsigned long long skipped = 0;
-      eman::Call call{};
-      call.chunks = tables[t].data();
-      call.n_teachers = 1;
-      call.weights[0] = eman::Weight(0.5);
-      call.skip_nonfinite = t % 2;
-      call.skipped = &skipped;
-      for (int i = 0; i < kUpdates; ++i) eman::update_cpu(call, kPieces, t % 2, 1);
+      eman::Arguments arguments{};
+      arguments.chunks = tables[t].data();
+      arguments.n_teachers = 1;
+      arguments.weights[0] = eman::Weight(0.5);
+      arguments.skip_nonfinite = t % 2;
+      arguments.skipped = &skipped;
+      for (int i = 0; i < kUpdates; ++i) eman::update_cpu(arguments, kPieces, t % 2, 1);
     });
   }
   for (auto& thread : threads) thread.join();

@@ -1,4 +1,4 @@
-"""BYOL: the student predicts what the teacher makes of another view of the same image.
+"""BYOL: the student predicts the teacher's output for another view of the same image.
 
 Grill et al., "Bootstrap your own latent", 2020; with EMAN: Cai et al., 2021.
 Run: python benchmarks/methods/byol.py --teacher eman --recipe small
@@ -22,7 +22,7 @@ class Byol(Method):
         backbone = network(recipe, images.channels)
         projector = BYOLProjectionHead(backbone.num_features, recipe.hidden, recipe.features)
         self.student = nn.Sequential(backbone, projector)
-        self.predictor = BYOLPredictionHead(recipe.features, recipe.hidden, recipe.features)  # which is not averaged
+        self.predictor = BYOLPredictionHead(recipe.features, recipe.hidden, recipe.features)  # not averaged
         self.similarity = NegativeCosineSimilarity()
         self.make_teacher(teacher, recipe, steps)
 

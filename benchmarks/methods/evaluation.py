@@ -1,4 +1,4 @@
-"""How good a network is: accuracy, linear probe, nearest neighbours; and how far its teacher is from it."""
+"""Evaluation of a network: accuracy, linear probe, nearest neighbors, and the teacher's distance from the student."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from eman_kernels import EMANTeacher
 def outputs(
     networks: dict[str, nn.Module], loader: Iterable[Any], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What each network, in eval mode, makes of all images, and the labels."""
+    """The outputs of each network in eval mode for all images, and the labels."""
     modes = {name: net.training for name, net in networks.items()}
     for net in networks.values():
         net.eval()
@@ -37,7 +37,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def linear_probe(bank: Tensor, bank_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int) -> float:
-    """Accuracy, in percent, of logistic regression on standardised features, with an L2 penalty of 1 / (2 n)."""
+    """Accuracy, in percent, of logistic regression on standardized features, with an L2 penalty of 1 / (2 n)."""
     mean, std = bank.mean(dim=0), bank.std(dim=0).clamp_min(1e-6)
     bank, test = (bank - mean) / std, (test - mean) / std
     layer = nn.Linear(bank.shape[1], classes, device=bank.device)
@@ -55,10 +55,10 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, test: Tensor, test_labels: T
         return accuracy(layer(test), test_labels)
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     bank: Tensor, bank_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, k: int = 20
 ) -> float:
-    """Accuracy, in percent, of the k nearest by cosine, weighted (Wu et al., 2018)."""
+    """Accuracy, in percent, of a weighted vote of the k nearest neighbors by cosine (Wu et al., 2018)."""
     bank, right = normalize(bank).T, 0
     for piece, labels in zip(normalize(test).split(500), test_labels.split(500), strict=True):
         predicted = knn_predict(piece, bank, bank_labels, classes, knn_k=min(k, bank.shape[1]))[:, 0]
@@ -68,7 +68,7 @@ def nearest_neighbours(
 
 @torch.no_grad()
 def distance(teacher: EMANTeacher, student: nn.Module) -> dict[str, float]:
-    """Of the teacher from its student, relative to the student: of the weights, and of the running statistics."""
+    """The teacher's distance from its student, relative to the student: of weights and of running statistics."""
     found = {}
     for what, of in (("weights", nn.Module.named_parameters), ("statistics", nn.Module.named_buffers)):
         mine, theirs = dict(of(teacher.module)), dict(of(student))

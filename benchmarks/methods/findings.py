@@ -1,4 +1,4 @@
-"""What a study found: its records as tables and as curves."""
+"""The results of a study: its records as tables and curves."""
 
 import statistics
 import sys
@@ -14,20 +14,20 @@ from pictures import BLACK, BLUE, ORANGE, PINK
 from tables import step_table
 
 Record = dict[str, Any]
-COLOURS = {"bn": ORANGE, "ema-bn": PINK, "eman": BLUE}
+COLORS = {"bn": ORANGE, "ema-bn": PINK, "eman": BLUE}
 FIXMATCH = {
     "student_accuracy": "student",
     "teacher_accuracy": "teacher",
-    "precision": "pseudo-labels right",
-    "mask_rate": "pseudo-labels used",
+    "precision": "correct pseudo-labels",
+    "mask_rate": "used pseudo-labels",
 }
 FEATURES = {
     "student_probe_13": "linear, 13 labels",
     "student_probe_128": "linear, 128 labels",
     "student_knn": "kNN",
-    "teacher_knn": "kNN of the teacher",
+    "teacher_knn": "kNN, teacher",
 }
-SHARES = {"precision", "mask_rate"}  # kept as parts of 1, shown in percent
+SHARES = {"precision", "mask_rate"}  # stored as fractions, shown in percent
 PUBLISHED = [  # Cai et al., 2021: ResNet-50, ImageNet, top-1
     ["MoCo-EMAN, 200 epochs, linear", "48.9", "60.5", "67.7"],
     ["MoCo-EMAN, 800 epochs, linear", "55.4", "64.0", "70.1"],
@@ -37,14 +37,14 @@ PUBLISHED = [  # Cai et al., 2021: ResNet-50, ImageNet, top-1
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, list[Record]]]:
-    """(setting, labels) -> teacher -> the records of its seeds, in the order of the seeds."""
+    """(setting, labels) -> teacher -> the records, sorted by seed."""
     found: dict[tuple[str, int], dict[str, list[Record]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         found.setdefault((record["setting"], record["labels"]), {}).setdefault(record["teacher"], []).append(record)
     return found
 
 
-def of(records: list[Record], metric: str) -> list[float]:
+def values_of(records: list[Record], metric: str) -> list[float]:
     return [percent(record["results"], metric) for record in records if metric in record["results"]]
 
 
@@ -59,20 +59,20 @@ def mean_and_sd(values: list[float]) -> str:
 
 
 def table(records: list[Record], method: str) -> str:
-    """Means and standard deviations over the seeds, in percent, and EMAN's paired difference from each other one."""
+    """Means and standard deviations over the seeds, in percent, and EMAN's paired difference from the others."""
     metrics = FIXMATCH if method == "fixmatch" else FEATURES
     main = next(iter(metrics))
     rows = []
     for (setting, labels), teachers in groups(record for record in records if record["method"] == method).items():
-        for teacher in sorted(teachers, key=list(COLOURS).index):
+        for teacher in sorted(teachers, key=list(COLORS).index):
             runs = teachers[teacher]
             row = [setting, *([labels] if method == "fixmatch" else []), "" if "supervised" in setting else teacher]
-            row += [len(runs), *(mean_and_sd(of(runs, metric)) for metric in metrics)]
-            pairs = zip(of(teachers.get("eman", []), main), of(runs, main), strict=False)
+            row += [len(runs), *(mean_and_sd(values_of(runs, metric)) for metric in metrics)]
+            pairs = zip(values_of(teachers.get("eman", []), main), values_of(runs, main), strict=False)
             row.append("" if teacher == "eman" or "eman" not in teachers else mean_and_sd([a - b for a, b in pairs]))
             rows.append(row)
-    names = ["method", *(["labels a class"] if method == "fixmatch" else []), "teacher", "seeds", *metrics.values()]
-    return tabulate(rows, [*names, f"EMAN is better by ({metrics[main]})"], "github", disable_numparse=True)
+    names = ["method", *(["labels per class"] if method == "fixmatch" else []), "teacher", "seeds", *metrics.values()]
+    return tabulate(rows, [*names, f"gain of EMAN ({metrics[main]})"], "github", disable_numparse=True)
 
 
 def summary(records: list[Record]) -> str:
@@ -88,47 +88,47 @@ def summary(records: list[Record]) -> str:
 
 def place(records: list[Record]) -> str:
     row = records[0]
-    device = row["cpu"] + ", one thread a run" if row["device"] == "cpu" else row["device"]
+    device = row["cpu"] + ", one thread per run" if row["device"] == "cpu" else row["device"]
     return f"{row['data']}, {device}, torch {row['torch']}, {row['date']}"
 
 
 def shares_table(rows: list[Record]) -> str:
-    """The update's time and its share of a step, by method and by who updates."""
+    """The update's time and its share of a step, by method and implementation."""
     named = [row | {"method": f"{row['model']}, {row['method']}"} for row in rows]
     return step_table(named)
 
 
 def scope(rows: list[Record]) -> str:
     return (
-        f"The update's share of a step of the small recipe, {rows[0]['threads']} threads, augmentation not counted:\n"
+        f"The update's share of a step of the small recipe, {rows[0]['threads']} threads, not counting augmentation:\n"
     )
 
 
 def conditions(records: list[Record]) -> str:
     hours = sum(record["seconds"] for record in records) / 3600
     return (
-        f"{place(records)}; {len(records)} runs, {hours:.1f} hours of one core. Percent of the test images, mean ± "
-        "standard deviation over the seeds, after the last step (none is selected by its result). A seed means the "
-        "same labels, initial network and batches for each teacher, so that differences are paired.\n"
+        f"{place(records)}; {len(records)} runs, {hours:.1f} core hours. Percent of the test images, mean ± "
+        "standard deviation over the seeds, after the last step (no step is selected by its result). With the same "
+        "seed, all teachers get the same labels, initial network and batches, so differences are paired.\n"
     )
 
 
 def block(records: list[Record], shares: list[Record], picture: str) -> str:
-    """What methods/README.md shows of a study."""
+    """The part of a study that methods/README.md shows."""
     figure = f"![Accuracy, precision and distance over the steps](../results/{picture})\n"
     return "\n".join([conditions(records), summary(records), figure, scope(shares), shares_table(shares)])
 
 
 def text(records: list[Record], shares: list[Record], picture: str) -> str:
     """The whole page in Markdown."""
-    parts = ["# The three methods with three teachers\n", conditions(records), summary(records)]
-    parts += [f"![Curves]({picture})\n", "## The update's share of a step\n"]
+    parts = ["# Three methods with three teachers\n", conditions(records), summary(records)]
+    parts += [f"![Curves]({picture})\n", "## Share of a step\n"]
     parts += [scope(shares), shares_table(shares)]
     return "\n".join(parts)
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Curves over the steps, a row for each setting: mean and standard deviation over the seeds."""
+    """Curves over the steps, one row per setting: mean and standard deviation over the seeds."""
     found = groups(records)
     shown = [key for key in found if "supervised" not in key[0]]
     figure = Figure(figsize=(13, 2.4 * len(shown) + 0.6), layout="constrained")
@@ -139,22 +139,22 @@ def draw(records: list[Record], path: Path) -> None:
         score = "accuracy" if fixmatch else "knn"
         metrics = [f"student_{score}", f"teacher_{score}", "precision" if fixmatch else "loss", "weights_apart"]
         for axes, metric in zip(line, metrics, strict=True):
-            for teacher in filter(found[key].get, COLOURS):
-                curve(axes, found[key][teacher], metric, COLOURS[teacher], teacher)
+            for teacher in filter(found[key].get, COLORS):
+                curve(axes, found[key][teacher], metric, COLORS[teacher], teacher)
             baseline = found.get((setting.replace("FixMatch", "supervised only").split(",")[0], labels), {}).get("bn")
             if metric == "student_accuracy" and baseline:
                 curve(axes, baseline, metric, BLACK, "supervised only")
             axes.set_title(metric.replace("_", " ").replace("apart", "apart, relative"), fontsize=9)
-        line[0].set_ylabel(f"{setting}\n{f'{labels} labels a class' if fixmatch else ''}", fontsize=8)
+        line[0].set_ylabel(f"{setting}\n{f'{labels} labels per class' if fixmatch else ''}", fontsize=8)
         line[0].legend(fontsize=7, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("steps")
-    what = "Mean and standard deviation over the seeds; the last point is of all test images, the others of 2,000"
+    what = "Mean and standard deviation over the seeds; the last point uses all test images, the others 2,000"
     figure.suptitle(f"{what}\n{place(records)}", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def curve(axes: Any, runs: list[Record], metric: str, colour: str, label: str) -> None:
+def curve(axes: Any, runs: list[Record], metric: str, color: str, label: str) -> None:
     points: dict[int, list[float]] = {}
     for record in runs:
         for point in record["curve"]:
@@ -164,6 +164,6 @@ def curve(axes: Any, runs: list[Record], metric: str, colour: str, label: str) -
         return
     means = [statistics.mean(values) for values in points.values()]
     spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
-    axes.plot(list(points), means, color=colour, label=label, marker=".", linewidth=1.2)
+    axes.plot(list(points), means, color=color, label=label, marker=".", linewidth=1.2)
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.fill_between(list(points), low, high, color=color, alpha=0.15, linewidth=0)

@@ -1,4 +1,4 @@
-"""FixMatch: the teacher labels weakly augmented images, and the student learns them strongly augmented.
+"""FixMatch: the teacher labels weakly augmented images; the student learns these labels for strongly augmented ones.
 
 Sohn et al., "FixMatch: Simplifying semi-supervised learning with consistency and confidence", 2020; with EMAN: Cai et
 al., 2021. Run: python benchmarks/methods/fixmatch.py --teacher eman --recipe small --labels 13
@@ -32,7 +32,7 @@ class FixMatch(Method):
             return cross_entropy(self.student(images), labels), {}
         (weak, strong), truth = unlabelled
         if self.teacher is None:
-            # As published: one joint batch, whose statistics normalise all three.
+            # As published: one joint batch, so all three parts share its BatchNorm statistics.
             logits = self.student(torch.cat([images, weak, strong]))
             judged = logits[len(images) : -len(strong)].detach()
         else:
@@ -41,7 +41,7 @@ class FixMatch(Method):
         confidence, pseudo = judged.softmax(dim=1).max(dim=1)
         kept = (confidence >= self.recipe.threshold).float()
         supervised = cross_entropy(logits[: len(images)], labels)
-        # The mean is over all unlabelled images, also over those that do not count.
+        # The mean is over all unlabeled images, including those below the threshold.
         unsupervised = (cross_entropy(logits[-len(strong) :], pseudo, reduction="none") * kept).mean()
         known = kept * (truth >= 0)
         metrics = {"mask_rate": (kept.sum(), len(kept)), "precision": ((known * (pseudo == truth)).sum(), known.sum())}
@@ -51,7 +51,7 @@ class FixMatch(Method):
         self.update_teacher()
 
     @classmethod
-    def steps_a_pass(cls, recipe: FixMatchRecipe, images: Images, labelled: list[int]) -> float:
+    def steps_per_pass(cls, recipe: FixMatchRecipe, images: Images, labelled: list[int]) -> float:
         return (len(images.train_labels) - len(labelled)) / (recipe.batch * recipe.mu)
 
     @classmethod

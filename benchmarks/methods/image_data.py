@@ -1,4 +1,4 @@
-"""Images, their augmentations, and batches that are a function of (seed, step): who resumes sees the same ones."""
+"""Images, augmentations, and batches that depend only on (seed, step), so a resumed run sees the same ones."""
 
 import gzip
 import inspect
@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-DEBIAN = Path("usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-HOW_TO_GET = """Fashion-MNIST is neither in {raw} nor in {debian}. One of these gets it:
+DEBIAN = Path("usr/share/datasets/fashion-mnist")  # installed by Debian's package
+HOW_TO_GET = """Fashion-MNIST was not found in {raw} or {debian}. Get it with one of these commands:
   apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb {root}      (Debian, Ubuntu)
   python -c 'import torchvision; torchvision.datasets.FashionMNIST("{root}", download=True)'    (elsewhere)
-Another data set: --data CIFAR10, or any class of torchvision.datasets, or --data imagefolder, with --root."""
-STATISTICS = {1: ([0.286], [0.353]), 3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}  # by channels
+Other data sets: --data CIFAR10 (or any class of torchvision.datasets) or --data imagefolder, with --root."""
+STATISTICS = {1: ([0.286], [0.353]), 3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])}  # by number of channels
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as PIL images and labels; an unlabelled image has the label -1."""
+    """A data set of PIL images and labels; unlabeled images have the label -1."""
 
     name: str
     train: Dataset
@@ -46,32 +46,34 @@ class Images:
         return {"mean": mean, "std": std}
 
     def labelled(self, per_class: int, seed: int) -> list[int]:
-        """The training images whose labels may be used: so many of each class, drawn by the seed."""
+        """Indices of the training images whose labels may be used: `per_class` of each class, drawn with the seed."""
         generator = torch.Generator().manual_seed(seed)
         chosen = []
         for label in range(self.classes):
             where = (self.train_labels == label).nonzero().flatten()
             if len(where) < per_class:
-                raise ValueError(f"class {label} has {len(where)} images, and {per_class} labels of it are asked for")
+                raise ValueError(
+                    f"class {label} has only {len(where)} images, but {per_class} labels per class were requested"
+                )
             chosen += where[torch.randperm(len(where), generator=generator)[:per_class]].tolist()
         return chosen
 
 
 def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
-    """A data set by its name in torchvision.datasets, or "imagefolder" (root/train and root/val, as ImageNet has them).
+    """Load a data set by its name in torchvision.datasets, or "imagefolder" (root/train and root/val, as in ImageNet).
 
     Raises:
-        FileNotFoundError: it is not under the root; says how to get it.
-        ValueError: torchvision has none of this name, or it has no training part.
+        FileNotFoundError: it is not in the root folder; the message tells how to get it.
+        ValueError: torchvision has no such data set, or the data set has no separate training part.
     """
     root = Path(root)
     if name.lower() == "imagefolder":
         missing = [str(root / part) for part in ("train", "val") if not (root / part).is_dir()]
         if missing:
             raise FileNotFoundError(
-                f"{' and '.join(missing)} not found: --root must hold train/ and val/, a folder a class"
+                f"{' and '.join(missing)} not found: --root must contain train/ and val/, with one folder per class"
             )
-        return of(name, *(torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val")))
+        return make_images(name, *(torchvision.datasets.ImageFolder(str(root / part)) for part in ("train", "val")))
     cls = getattr(torchvision.datasets, name, None)
     if cls is None:
         raise ValueError(f"torchvision.datasets has no {name!r}; for a folder of images: --data imagefolder")
@@ -85,7 +87,7 @@ def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
     else:
         raise ValueError(f"torchvision.datasets.{name} is not divided into training and test images")
     try:
-        return of(name, *(cls(str(root), **argument) for argument in arguments))
+        return make_images(name, *(cls(str(root), **argument) for argument in arguments))
     except (RuntimeError, FileNotFoundError) as error:
         if name == "FashionMNIST":
             how = HOW_TO_GET.format(raw=root / name / "raw", debian=f"/{DEBIAN}", root=root)
@@ -94,7 +96,7 @@ def load(name: str = "FashionMNIST", root: str | Path = "data") -> Images:
         raise FileNotFoundError(how) from None
 
 
-def of(name: str, train: Dataset, test: Dataset) -> Images:
+def make_images(name: str, train: Dataset, test: Dataset) -> Images:
     labels = [torch.as_tensor(np.asarray(_labels(part)), dtype=torch.int64) for part in (train, test)]
     channels = 1 if train[0][0].mode == "L" else 3
     return Images(name, train, test, *labels, classes=int(labels[0].max()) + 1, channels=channels)
@@ -108,7 +110,7 @@ def _labels(part: Dataset) -> Sequence[int]:
 
 
 def unpack_debian(root: Path) -> None:
-    """Put the files of Debian's package, if they are here, where torchvision looks for them."""
+    """Unpack the files of Debian's package, if installed, to where torchvision looks for them."""
     raw = root / "FashionMNIST" / "raw"
     for source in (root / DEBIAN, Path("/") / DEBIAN):
         if source.is_dir() and not raw.is_dir():
@@ -123,8 +125,8 @@ def unpack_debian(root: Path) -> None:
 Transform = Callable[[Image.Image], Any]
 
 
-def plain(recipe: Recipe, images: Images) -> Transform:
-    """For evaluation."""
+def evaluation_transform(recipe: Recipe, images: Images) -> Transform:
+    """Resizing and normalization without random augmentation."""
     tail = [transforms.ToTensor(), transforms.Normalize(**images.normalize)]
     if recipe.crop == "padded":
         return transforms.Compose([transforms.Resize(recipe.size), *tail])
@@ -133,7 +135,7 @@ def plain(recipe: Recipe, images: Images) -> Transform:
 
 
 def weak_and_strong(recipe: FixMatchRecipe, images: Images) -> tuple[Transform, Transform]:
-    """FixMatch's: a crop and a flip; the same and RandAugment with 2 operations of magnitude 10."""
+    """FixMatch's augmentations: crop and flip; the same plus RandAugment with 2 operations of magnitude 10."""
     if recipe.crop == "padded":
         crop = [transforms.Resize(recipe.size), transforms.RandomCrop(recipe.size, padding=recipe.size // 8)]
     else:
@@ -159,7 +161,7 @@ def byol_views(recipe: ByolRecipe, images: Images) -> Transform:
 
 
 class Augmented(Dataset):
-    """Whole batches by (seed, indices): the random numbers of a batch are its own, whichever worker makes it."""
+    """Loads whole batches by (seed, indices): a batch is seeded by itself, so it does not depend on the worker."""
 
     def __init__(self, images: Dataset, transform: Callable[[Image.Image], Any]) -> None:
         self.images, self.transform = images, transform
@@ -173,7 +175,7 @@ class Augmented(Dataset):
             return [self._one(index) for index in indices]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # which lightly draws from
+            np.random.seed(seed % 2**32)  # lightly uses NumPy's generator
             return [self._one(index) for index in indices]
 
     def _one(self, index: int) -> tuple[Any, int]:
@@ -183,8 +185,8 @@ class Augmented(Dataset):
 
 @dataclass(frozen=True)
 class Order:
-    """Which images are in which step: passes over all of them, each in a new order, or, with `classes_a_batch`, batches
-    of so many classes at a time, drawn anew for each step."""
+    """Which images are in which step: passes over all images, each in a new order, or, with `classes_a_batch`, batches
+    that contain only that many classes, drawn for each step."""
 
     indices: Sequence[int]
     batch: int  # over all processes
@@ -216,7 +218,7 @@ class Order:
 def batches(
     images: Dataset, transform: Transform, order: Order, steps: range, rank: int = 0, world: int = 1, workers: int = 0
 ) -> DataLoader:
-    """This process's share of each step's batch."""
+    """Loader of this process's share of the batch of each step."""
 
     def plan() -> Iterator[tuple[int, list[int]]]:
         for step in steps:
@@ -231,17 +233,17 @@ def batches(
         batch_sampler=Plan(),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or else it draws from torch's own, and a resumed run would differ
+        generator=torch.Generator(),  # otherwise it uses torch's global generator, and a resumed run differs
     )
 
 
-def in_order(images: Dataset, transform: Transform, indices: Sequence[int], workers: int = 0) -> DataLoader:
-    """All of these, for evaluation."""
+def evaluation_loader(images: Dataset, transform: Transform, indices: Sequence[int], workers: int = 0) -> DataLoader:
+    """Loader of these images in order, for evaluation."""
     pieces = [(None, list(indices[k : k + 250])) for k in range(0, len(indices), 250)]
     return DataLoader(Augmented(images, transform), batch_sampler=pieces, num_workers=workers)
 
 
-@lru_cache(maxsize=4)  # a pass has many steps
+@lru_cache(maxsize=4)  # the steps of a pass share a permutation
 def _permutation(length: int, seed: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 

@@ -1,4 +1,4 @@
-"""MoCo v2: the student tells the teacher's view of its own image from the keys of a queue of others.
+"""MoCo v2: the student distinguishes the teacher's view of the same image from a queue of keys of other images.
 
 Chen et al., "Improved baselines with momentum contrastive learning", 2020; with EMAN: Cai et al., 2021.
 Run: python benchmarks/methods/moco.py --teacher eman --recipe small
@@ -27,14 +27,14 @@ class Moco(Method):
         self.loss = NTXentLoss(recipe.temperature, (recipe.queue, recipe.features), gather_distributed=True)
         bank = self.loss.memory_bank
         for name, buffer in list(bank.named_buffers()):
-            bank.register_buffer(name, buffer)  # persistent, unlike lightly's: a checkpoint must hold the queue
+            bank.register_buffer(name, buffer)  # persistent, unlike in lightly: checkpoints need the queue
         self.shuffle = teacher != "eman"
         self.make_teacher(teacher, recipe, steps)
 
     def forward(self, batch: tuple[tuple[Tensor, Tensor], Tensor]) -> tuple[Tensor, Metrics]:
         (query, key), _ = batch
         queries = self.student(query)
-        self.update_teacher()  # as published: before the keys, when the student's statistics have seen this batch
+        self.update_teacher()  # as published: before the keys, with the statistics of this batch
         return self.loss(queries, self.keys(key)), {}
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class Moco(Method):
         teacher = self.student if self.teacher is None else self.teacher
         if not self.shuffle:
             return teacher(images)
-        # ShuffleBN: each process normalises images that came from others, so that a key's batch does not betray it.
+        # ShuffleBN: each process normalizes images from other processes, so its statistics do not reveal the match.
         distributed = world_size() > 1
         shuffled, order = batch_shuffle(images, distributed)
         return batch_unshuffle(teacher(shuffled), order, distributed)

@@ -1,6 +1,6 @@
-"""The hyper-parameters: as published for ResNet-50 on ImageNet, and small ones for two CPU cores.
+"""Hyperparameters: as published for ResNet-50 on ImageNet, and small ones for two CPU cores.
 
-Each field is a flag of the command line as well.
+Each field is also a command-line flag.
 """
 
 from dataclasses import dataclass, replace
@@ -9,28 +9,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every method has. A pass over the data is one over the unlabelled images, where there are such."""
+    """Parameters of every method. An epoch is a pass over the unlabeled images, if the method uses any."""
 
-    network: str = "resnet50"  # or "small"; any other name is timm's
-    size: int = 224  # pixels of the square that the network sees
-    crop: Literal["resized", "padded"] = "resized"  # RandomResizedCrop, or a shift by up to an eighth
+    network: str = "resnet50"  # "small", or any model name of timm
+    size: int = 224  # side length of the network's input, in pixels
+    crop: Literal["resized", "padded"] = "resized"  # RandomResizedCrop, or a shift by up to 1/8 of the size
     epochs: float = 200
-    batch: int = 256  # images a step, over all processes; FixMatch: labelled ones
+    batch: int = 256  # images per step over all processes; in FixMatch, labeled images
     lr: float = 0.03
     warmup: float = 10  # epochs over which the learning rate rises linearly
-    decay: Literal["cosine", "steps"] = "cosine"  # steps: a tenth after 60 % of the epochs and again after 80 %
+    decay: Literal["cosine", "steps"] = "cosine"  # steps: divided by 10 after 60 % and after 80 % of the epochs
     optimizer: Literal["sgd", "lars"] = "sgd"
     weight_decay: float = 1e-4
     momentum: float = 0.999  # the teacher's
     schedule: Literal["constant", "warm-up", "cosine"] = "constant"  # of the teacher's momentum
-    calibration: int = 0  # batches before the first step that bring the running statistics from (0, 1) to the data's
+    calibration: int = 0  # batches before the first step that move the running statistics from (0, 1) to the data's
 
 
 @dataclass(frozen=True)
 class FixMatchRecipe(Recipe):
-    mu: int = 5  # unlabelled images for each labelled one
-    unlabelled_weight: float = 10.0  # lambda; 0: supervised only, the unlabelled images are not looked at
-    threshold: float = 0.7  # tau: the confidence from which a pseudo-label counts
+    mu: int = 5  # unlabeled images per labeled image
+    unlabelled_weight: float = 10.0  # lambda; 0: supervised training, unlabeled images are not loaded
+    threshold: float = 0.7  # tau: minimum confidence of a pseudo-label
     cutout: float = 0.0  # probability of erasing a rectangle of the strongly augmented image
 
 
@@ -38,7 +38,7 @@ class FixMatchRecipe(Recipe):
 class ByolRecipe(Recipe):
     hidden: int = 4096
     features: int = 256
-    blur: float = 1.0  # 1: as published, always in the first view and one time in ten in the second; 0: never
+    blur: float = 1.0  # 1: as published, always in the first view, with probability 0.1 in the second; 0: never
 
 
 @dataclass(frozen=True)

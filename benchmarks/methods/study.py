@@ -1,7 +1,7 @@
-"""`make methods`: the three methods with each teacher, over seeds; a line of JSON a run, a table and pictures.
+"""`make methods`: three methods with each teacher, over several seeds; one line of JSON per run, tables and pictures.
 
-A study that was interrupted goes on where it was: what its files in --out and --work have is not made again, so a new
-one wants a new folder. With --out benchmarks/results methods/README.md gets the tables as well.
+An interrupted study resumes: runs whose results are already in --out and --work are not repeated, so a new study needs
+new folders. With --out benchmarks/results, the tables in methods/README.md are updated as well.
 """
 
 import argparse
@@ -35,24 +35,24 @@ BENCHMARKS = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the study; `setting` names what is changed of the small recipe."""
+    """One run of the study; `setting` names the change to the small recipe."""
 
     setting: str
     method: str
     teacher: Kind
     seed: int
     labels: int = LABELS[0]
-    changes: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    changes: dict[str, Any] = field(default_factory=dict)  # to the recipe
     classes_a_batch: int | None = None
-    after: str | None = None  # the key of the job whose student's backbone it starts from
+    after: str | None = None  # key of the job whose student provides the initial backbone
 
     @property
     def key(self) -> str:
         return f"{self.setting}, {self.labels} labels, {self.teacher}, seed {self.seed}"
 
 
-def short() -> list[Job]:
-    """Some minutes: one seed, and too few steps to tell teachers apart."""
+def short_study() -> list[Job]:
+    """A study of some minutes: one seed, and too few steps to compare teachers."""
     brief = {"epochs": 0.5}
     jobs = [Job("FixMatch", "fixmatch", teacher, 0, changes=brief) for teacher in KINDS]
     jobs.append(Job("supervised only", "fixmatch", "bn", 0, changes=brief | {"unlabelled_weight": 0.0}))
@@ -61,8 +61,8 @@ def short() -> list[Job]:
     return jobs
 
 
-def full(seeds: int) -> list[Job]:
-    """In the order of their weight, so that a study that is cut short has the main part."""
+def full_study(seeds: int) -> list[Job]:
+    """All runs, the most important first, so that an interrupted study has the main part."""
     supervised, published = {"unlabelled_weight": 0.0}, {"threshold": 0.7}
     jobs = []
 
@@ -83,7 +83,7 @@ def full(seeds: int) -> list[Job]:
     add("FixMatch from MoCo-EMAN", "fixmatch")
     add("supervised only from MoCo-EMAN", "fixmatch", kinds=["bn"], changes=supervised)
     add("FixMatch, threshold 0.7", "fixmatch", changes=published)
-    # Asked after the rest had been seen: seeds that nobody had looked at.
+    # Added after the other results were known, so with seeds that had not been used.
     add("FixMatch, other seeds", "fixmatch", kinds=["eman"], first=200)
     add("FixMatch, calibrated, other seeds", "fixmatch", kinds=["eman"], first=200, changes={"calibration": 50})
     return jobs
@@ -96,14 +96,14 @@ def checkpoint_of(key: str, folder: Path) -> Path:
 _images: Images | None = None
 
 
-def begin(data: str, root: Path) -> None:
-    """In each process of the pool: one thread, and the data once."""
+def init_worker(data: str, root: Path) -> None:
+    """Set up a process of the pool: one thread, and the data set loaded once."""
     global _images
     torch.set_num_threads(1)
     _images = load(data, root)
 
 
-def do(job: Job, folder: Path) -> dict[str, Any]:
+def run_job(job: Job, folder: Path) -> dict[str, Any]:
     make = METHODS[job.method]
     run = Run(
         job.teacher,
@@ -117,25 +117,25 @@ def do(job: Job, folder: Path) -> dict[str, Any]:
     return {"key": job.key, "setting": job.setting} | record
 
 
-def carry_out(jobs: list[Job], results: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All records, those from before included."""
+def run_jobs(jobs: list[Job], results: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the jobs that have no record yet; return the records of all jobs."""
     records = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {record["key"] for record in records}
     folder = arguments.work
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TQDM_DISABLE"] = "1"  # for the processes of the pool: here is one bar for all
+    os.environ["TQDM_DISABLE"] = "1"  # in the worker processes; this process shows one bar for all runs
     bar = tqdm(
         total=len(jobs), desc="runs", initial=len(jobs) - sum(job.key not in done for job in jobs), disable=False
     )
     pool = ProcessPoolExecutor(
-        arguments.jobs, get_context("spawn"), initializer=begin, initargs=(arguments.data, arguments.root)
+        arguments.jobs, get_context("spawn"), initializer=init_worker, initargs=(arguments.data, arguments.root)
     )
     with pool:
         waiting, running = [job for job in jobs if job.key not in done], set()
         while waiting or running:
             ready = [job for job in waiting if job.after is None or job.after in done]
             waiting = [job for job in waiting if job not in ready]
-            running |= {pool.submit(do, job, folder) for job in ready}
+            running |= {pool.submit(run_job, job, folder) for job in ready}
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 record = future.result()
@@ -150,18 +150,18 @@ def carry_out(jobs: list[Job], results: Path, arguments: argparse.Namespace) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="some minutes instead of hours: what `make methods` runs")
+    parser.add_argument("--short", action="store_true", help="some minutes instead of hours (`make methods` uses this)")
     parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: the cores, %(default)s)"
+        "--jobs", type=int, default=os.cpu_count(), help="parallel runs (default: number of cores, %(default)s)"
     )
-    parser.add_argument("--data", default="FashionMNIST", help="of torchvision.datasets, or imagefolder")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where the data is (default: %(default)s)")
+    parser.add_argument("--data", default="FashionMNIST", help="a class of torchvision.datasets, or imagefolder")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data (default: %(default)s)")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/methods"), help="for checkpoints (default: %(default)s)"
+        "--work", type=Path, default=Path("build/methods"), help="folder for checkpoints (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("build/methods"), help="for the findings (default: %(default)s)"
+        "--out", type=Path, default=Path("build/methods"), help="folder for the results (default: %(default)s)"
     )
     arguments = parser.parse_args()
     try:
@@ -170,8 +170,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     stem = arguments.out / ("methods-short" if arguments.short else "methods")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    jobs = short() if arguments.short else full(arguments.seeds)
-    records = carry_out(jobs, stem.with_suffix(".jsonl"), arguments)
+    jobs = short_study() if arguments.short else full_study(arguments.seeds)
+    records = run_jobs(jobs, stem.with_suffix(".jsonl"), arguments)
     of_shares = stem.with_name(f"{stem.name}-shares.json")
     if not of_shares.exists():
         rows = shares(METHODS.values(), images, rounds=5 if arguments.short else 40)

@@ -1,4 +1,4 @@
-"""The one training loop of the three methods, on one process or, started by torchrun, on several."""
+"""The training loop of all three methods, on one process or on several (started by torchrun)."""
 
 import argparse
 import functools
@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
-from evaluation import accuracy, distance, linear_probe, nearest_neighbours, outputs
-from image_data import Images, in_order, load, plain
+from evaluation import accuracy, distance, linear_probe, nearest_neighbors, outputs
+from image_data import Images, evaluation_loader, evaluation_transform, load
 from lightly.utils.lars import LARS
 from method import KINDS, Kind, Method
 from recipes import Recipe
@@ -31,20 +31,20 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parent.parent))
 from timing import machine
 
-LABELS = (13, 128)  # a class: 1 % and 10 % of ImageNet's
-QUICK_TEST = 2000  # images of the evaluations on the way; the last one takes all
+LABELS = (13, 128)  # per class: 1 % and 10 % of ImageNet
+QUICK_TEST = 2000  # test images of the intermediate evaluations; the last one uses all
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, apart from the recipe's numbers."""
+    """Settings of a run that are not hyperparameters of the recipe."""
 
     teacher: Kind
-    labels: int = LABELS[0]  # a class
+    labels: int = LABELS[0]  # per class
     seed: int = 0
-    classes_a_batch: int | None = None  # of the unlabelled images; default: as they come
-    init: Path | None = None  # a checkpoint whose student's backbone is the start
-    checkpoint: Path | None = None  # written at each evaluation; where it exists already, the run goes on from there
+    classes_a_batch: int | None = None  # classes per batch of unlabeled images; default: no restriction
+    init: Path | None = None  # checkpoint whose student provides the initial backbone
+    checkpoint: Path | None = None  # written at each evaluation; if it exists, the run resumes from it
     evaluations: int = 8
     workers: int = 0
 
@@ -58,7 +58,7 @@ class Process:
 
 @contextmanager
 def processes() -> Iterator[Process]:
-    """This process among those that torchrun has started; alone without it."""
+    """Set up torch.distributed if torchrun started this process; yield its rank, world size and device."""
     if "WORLD_SIZE" not in os.environ:
         yield Process()
         return
@@ -74,10 +74,10 @@ def processes() -> Iterator[Process]:
 
 
 def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Process | None = None) -> dict[str, Any]:
-    """Train one student and its teacher; returns the record of it: settings, results and the curves.
+    """Train one student and its teacher; return a record with settings, results and curves.
 
     Raises:
-        ValueError: the batch cannot be divided among the processes, or the checkpoint is of another run.
+        ValueError: the batch cannot be divided among the processes, or the checkpoint belongs to another run.
         FloatingPointError: the loss is not finite.
     """
     process = process or Process()
@@ -86,8 +86,8 @@ def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Pr
     begin = time.perf_counter()
     torch.manual_seed(run.seed)
     labelled = images.labelled(run.labels, run.seed)
-    a_pass = make.steps_a_pass(recipe, images, labelled)
-    steps = max(1, round(recipe.epochs * a_pass))
+    per_pass = make.steps_per_pass(recipe, images, labelled)
+    steps = max(1, round(recipe.epochs * per_pass))
     method = make(recipe, images, run.teacher, steps)
     if run.init is not None:
         start_from(run.init, method)
@@ -96,23 +96,23 @@ def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Pr
     if process.world > 1:
         if make.sync_batchnorm and run.teacher != "eman" and process.device.type == "cuda":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-        # Its broadcast of buffers gives all processes the first one's running statistics, and those of its teacher.
+        # DDP's broadcast of buffers gives all processes the running statistics of rank 0, for student and teacher.
         learner = DistributedDataParallel(method)
     optimizer = make_optimizer(recipe, method)
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate(recipe, step, steps, a_pass))
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate(recipe, step, steps, per_pass))
     state = State(make, recipe, run, method, optimizer, scheduler)
     first, curve = state.load()
     parts = {"rank": process.rank, "world": process.world, "workers": run.workers}
     loader = functools.partial(make.loader, recipe, images, labelled, run.seed, run.classes_a_batch, **parts)
     method.train()
     if first == 0:
-        calibrate(method, on(process.device, loader(steps=range(-recipe.calibration, 0))))
+        calibrate(method, move_batches(process.device, loader(steps=range(-recipe.calibration, 0))))
     evaluate = Evaluation(recipe, images, run, process.device)
     due = {round(steps * (k + 1) / run.evaluations) for k in range(run.evaluations)}
     sums: Counter[str] = Counter()
-    quiet = None if process.rank == 0 else True  # None: where nobody looks
+    quiet = None if process.rank == 0 else True  # None: no bar if stderr is not a terminal
     bar = tqdm(loader(steps=range(first, steps)), make.__name__, steps, initial=first, leave=False, disable=quiet)
-    for step, batch in enumerate(on(process.device, bar), start=first + 1):
+    for step, batch in enumerate(move_batches(process.device, bar), start=first + 1):
         loss, metrics = learner(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -131,7 +131,7 @@ def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Pr
                 curve.append(point | evaluate(method, final=step == steps))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in curve[-1].items() if name != "step"})
                 state.save(step, curve)
-            # So that what is random from here on is the same after a resumption.
+            # A resumed run sets this seed as well, so its random numbers are the same from here on.
             torch.manual_seed(run.seed + step)
     settings = {
         "method": make.__name__.lower(),
@@ -145,17 +145,17 @@ def train(make: type[Method], recipe: Any, images: Images, run: Run, process: Pr
     return settings | {"results": last, "curve": curve} | told | machine(process.device)
 
 
-def on(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:
+def move_batches(device: torch.device, batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         yield tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 @torch.no_grad()
 def calibrate(method: Method, batches: Iterable[Any]) -> None:
-    """Let the student see some batches before the first step, and the teacher begin as a copy of what it then is.
+    """Run the student on some batches before the first step, then reset the teacher to a copy of the student.
 
-    Running statistics begin at (0, 1). A teacher with a high momentum keeps them there for long, and one with a low
-    momentum at first (schedules.WarmUp) is no good to MoCo: keys that move as fast as the queries collapse.
+    Running statistics start at (0, 1), and a teacher with a high momentum stays near these values for long. A low
+    initial momentum (schedules.WarmUp) does not work for MoCo: keys that move as fast as the queries collapse.
     """
     for batch in batches:
         method(batch)
@@ -166,15 +166,15 @@ def calibrate(method: Method, batches: Iterable[Any]) -> None:
 
 def make_optimizer(recipe: Recipe, method: Method) -> torch.optim.Optimizer:
     if recipe.optimizer == "lars":
-        # LARS adapts what has a weight decay: neither BatchNorm nor biases.
+        # LARS adapts only parameters with weight decay, so not BatchNorm and biases.
         return LARS(param_groups_weight_decay(method, recipe.weight_decay), lr=recipe.lr, momentum=0.9)
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     return torch.optim.SGD(learned, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int, a_pass: float) -> float:
-    """As a share of the recipe's, for the step counted from 0."""
-    warmup = recipe.warmup * a_pass
+def learning_rate(recipe: Recipe, step: int, steps: int, per_pass: float) -> float:
+    """The learning rate of a step (counted from 0), as a fraction of the recipe's."""
+    warmup = recipe.warmup * per_pass
     if step < warmup:
         return (step + 1) / warmup if step + 1 < warmup else 1.0
     if recipe.decay == "steps":
@@ -183,7 +183,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int, a_pass: float) -> float
 
 
 def averages(sums: Counter[str], process: Process) -> dict[str, float]:
-    """Over all steps since the last evaluation, and all processes; without what there was nothing of."""
+    """Average the metrics over the steps since the last evaluation and all processes; omit those with a count of 0."""
     names = sorted(name for name in sums if not name.endswith(" of"))
     amounts = [sums[key] for name in names for key in (name, f"{name} of")]
     values = torch.stack([torch.as_tensor(a, dtype=torch.float32, device=process.device) for a in amounts])
@@ -193,14 +193,14 @@ def averages(sums: Counter[str], process: Process) -> dict[str, float]:
 
 
 class Evaluation:
-    """The student and its teacher on the test images: a classifier's accuracy, or what its features are worth."""
+    """Evaluates student and teacher on the test images: accuracy of a classifier, or quality of the features."""
 
     def __init__(self, recipe: Recipe, images: Images, run: Run, device: torch.device) -> None:
-        self.images, self.run, self.device, self.transform = images, run, device, plain(recipe, images)
+        self.images, self.run, self.device, self.transform = images, run, device, evaluation_transform(recipe, images)
 
     def __call__(self, method: Method, final: bool) -> dict[str, float]:
         count = len(self.images.test_labels)
-        # Not the first ones: a folder's images are sorted by class.
+        # A random subset, because the images of a folder are sorted by class.
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         test = self._loader(self.images.test, chosen if final else chosen[:QUICK_TEST])
         networks = method.backbones()
@@ -218,18 +218,18 @@ class Evaluation:
             for name in networks:
                 against = (features[name], bank_labels, made[name], labels, self.images.classes)
                 if per_class == most:
-                    found[f"{name}_knn"] = nearest_neighbours(*against)
+                    found[f"{name}_knn"] = nearest_neighbors(*against)
                 if final:
                     found[f"{name}_probe_{per_class}"] = linear_probe(*against)
         return found
 
     def _loader(self, images: Any, chosen: Any) -> Any:
-        return in_order(images, self.transform, [int(k) for k in chosen], self.run.workers)
+        return evaluation_loader(images, self.transform, [int(k) for k in chosen], self.run.workers)
 
 
 @dataclass
 class State:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     make: type[Method]
     recipe: Recipe
@@ -243,14 +243,14 @@ class State:
         return {name: str(value) for name, value in told.items()} | {"method": self.make.__name__}
 
     def load(self) -> tuple[int, list[dict[str, float]]]:
-        """The steps that were done, and the curve."""
+        """Load the checkpoint, if any; return the number of finished steps and the curve."""
         path = self.run.checkpoint
         if path is None or not path.exists():
             return 0, []
         state = torch.load(path, map_location="cpu", weights_only=True)
         now = self._of()
         if differs := [f"{name} was {was}" for name, was in state["of"].items() if now.get(name) != was]:
-            raise ValueError(f"{path} is the checkpoint of another run: {', '.join(differs)}")
+            raise ValueError(f"{path} is a checkpoint of another run: {', '.join(differs)}")
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -263,11 +263,11 @@ class State:
         state = {name: getattr(self, name).state_dict() for name in ("method", "optimizer", "scheduler")}
         new = self.run.checkpoint.with_suffix(".new")
         torch.save(state | {"of": self._of(), "step": step, "curve": curve}, new)
-        new.replace(self.run.checkpoint)  # at once: an interruption leaves the old one or the new one
+        new.replace(self.run.checkpoint)  # atomically: an interruption leaves the old or the new checkpoint
 
 
 def start_from(path: Path, method: Method) -> None:
-    """Take the student's backbone, and its teacher's, from a checkpoint's student; classifiers and heads stay new."""
+    """Load the backbones of student and teacher from the student of a checkpoint; classifiers and heads stay new."""
     trained = torch.load(path, map_location="cpu", weights_only=True)["method"]
     prefix = "student.0." if any(name.startswith("student.0.") for name in trained) else "student."
     backbone = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
@@ -275,7 +275,7 @@ def start_from(path: Path, method: Method) -> None:
         mine = net.state_dict()
         missing = [name for name in mine if name not in backbone and not name.startswith("fc.")]
         if missing:
-            raise ValueError(f"{path} has no {', '.join(missing[:3])}: it is of another network")
+            raise ValueError(f"{path} has no {', '.join(missing[:3])}: the checkpoint is of another network")
         net.load_state_dict({name: backbone[name] for name in mine if not name.startswith("fc.")}, strict=False)
 
 
@@ -285,21 +285,23 @@ def start_from(path: Path, method: Method) -> None:
 def parser_of(make: type[Method]) -> argparse.ArgumentParser:
     doc = sys.modules[make.__module__].__doc__ or ""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
-    parser.add_argument("--teacher", choices=KINDS, default="eman", help="whose outputs teach (default: %(default)s)")
+    parser.add_argument("--teacher", choices=KINDS, default="eman", help="kind of teacher (default: %(default)s)")
     parser.add_argument("--recipe", choices=list(make.recipes), default="small", help="default: %(default)s")
-    parser.add_argument("--data", default="FashionMNIST", help="of torchvision.datasets, or imagefolder")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where the data is (default: %(default)s)")
-    parser.add_argument("--labels", type=int, default=LABELS[0], help="a class (default: %(default)s)")
+    parser.add_argument("--data", default="FashionMNIST", help="a class of torchvision.datasets, or imagefolder")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data (default: %(default)s)")
+    parser.add_argument("--labels", type=int, default=LABELS[0], help="labels per class (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--classes-a-batch", type=int, help="unlabelled batches of so many classes: a stress")
-    parser.add_argument("--init", type=Path, help="checkpoint whose student's backbone is the start")
     parser.add_argument(
-        "--checkpoint", type=Path, help="written at each evaluation, and gone on from; all processes must see it"
+        "--classes-a-batch", type=int, help="restrict unlabeled batches to this many classes (a stress test)"
     )
-    parser.add_argument("--evaluations", type=int, default=8, help="during the run (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that trains")
-    parser.add_argument("--out", type=Path, help="file that gets the run's record as one more line of JSON")
-    group = parser.add_argument_group("instead of the recipe's")
+    parser.add_argument("--init", type=Path, help="checkpoint whose student provides the initial backbone")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="written at each evaluation, and resumed from; must be visible to all processes"
+    )
+    parser.add_argument("--evaluations", type=int, default=8, help="number of evaluations (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="image loading processes per training process")
+    parser.add_argument("--out", type=Path, help="file to which the run's record is appended as a line of JSON")
+    group = parser.add_argument_group("overrides of the recipe")
     for one in fields(next(iter(make.recipes.values()))):
         choices = get_args(one.type) if get_origin(one.type) is Literal else None
         kind = str if choices else one.type
@@ -308,7 +310,7 @@ def parser_of(make: type[Method]) -> argparse.ArgumentParser:
 
 
 def main(make: type[Method]) -> None:
-    """Run a method from the command line; its record goes to --out, its results to the screen."""
+    """Run a method from the command line: print its results, and append its record to --out."""
     arguments = vars(parser_of(make).parse_args())
     recipe = make.recipes[arguments["recipe"]]
     recipe = replace(recipe, **{f.name: arguments[f.name] for f in fields(recipe) if arguments[f.name] is not None})

@@ -1,68 +1,53 @@
-"""Who does the work. A backend is a module with
-
-NAME            as it is asked for.
-TAKES_TABLE     whether it runs the chunk table (else the tensors themselves).
-unavailable(device_type) -> str | None      why it cannot work on such tensors here, and the remedy; None if it can.
-run(work, call, tensors) -> None            updates a plan.Work in place, as a plan.Call says, whose tensors lie on the
-                                            work's device and are not waited for.
-                                            Calls call.counts with its last write, by interrupts.at_once.
-swaps(work, tensors) -> iterator            of pieces of the work, done one after another, that exchange the values
-                                            of its teachers and students: of each, the C functions to call at_once.
-
-tensors are those of the plan as they are now: what works on tensors finds its own by their numbers in work.places, what
-runs the table has its addresses.
-"""
+"""The backends, and which one updates which tensors. interface.py defines what a backend provides."""
 
 import os
-from types import ModuleType
 
 import torch
 
 from . import cpu, cuda, foreach, reference, triton
+from .interface import Backend
 
-# In the order in which auto prefers them.
-_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cuda, cpu, triton, foreach, reference)}
-
-
-# os.environ's own dict, where it has one: its get() runs five functions, a tenth of a step on a cold cache.
-_environment, _VARIABLE = os.environ, "EMAN_KERNELS_BACKEND"
-if isinstance(getattr(os.environ, "_data", None), dict) and hasattr(os.environ, "encodekey"):
-    _environment, _VARIABLE = os.environ._data, os.environ.encodekey(_VARIABLE)
+# In the order in which `auto` prefers them.
+_ALL: tuple[Backend, ...] = (cuda, cpu, triton, foreach, reference)
+BACKENDS = {backend.NAME: backend for backend in _ALL}
 
 
 def requested(argument: str | None) -> str | None:
-    """The backend that the argument or else EMAN_KERNELS_BACKEND asks for; None or "auto": the fastest there is."""
-    name = argument
-    if not name and _VARIABLE in _environment:
-        name = os.environ["EMAN_KERNELS_BACKEND"]
+    """The backend requested by the argument, or else by EMAN_KERNELS_BACKEND; None for "auto", the fastest available.
+
+    Raises ValueError for an unknown name.
+    """
+    name = argument or os.environ.get("EMAN_KERNELS_BACKEND")
     if name in (None, "", "auto"):
         return None
-    if name not in _BACKENDS:
+    if name not in BACKENDS:
         where = "backend" if argument else "EMAN_KERNELS_BACKEND"
-        raise ValueError(f"{where}={name!r} is none of auto, {', '.join(_BACKENDS)}")
+        raise ValueError(f"{where}={name!r} is none of auto, {', '.join(BACKENDS)}")
     return name
 
 
-def choose(device: torch.device, name: str | None) -> ModuleType:
-    """The backend of this name, or the first that can. Raises RuntimeError if the named one cannot."""
+def choose(device: torch.device, name: str | None) -> Backend:
+    """The backend of this name, or without a name the first available one. Raises RuntimeError if the named one is not
+    available."""
     if name is None:
-        return next(backend for backend in _BACKENDS.values() if backend.unavailable(device.type) is None)
-    if reason := _BACKENDS[name].unavailable(device.type):
+        return next(backend for backend in BACKENDS.values() if backend.unavailable(device.type) is None)
+    if reason := BACKENDS[name].unavailable(device.type):
         raise RuntimeError(f"backend {name!r} cannot update tensors on {device}: {reason}. Nothing was written.")
-    return _BACKENDS[name]
+    return BACKENDS[name]
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with the reason why it is not available on this machine, or None where it is.
+    """Each backend's name, with the reason why it is not available on this machine, or None if it is.
 
     >>> available_backends()  # doctest: +ELLIPSIS
     {'cuda': ..., 'cpu': ..., 'triton': ..., 'foreach': None, 'reference': None}
     """
-    return {name: backend.unavailable(device_type_of(name)) for name, backend in _BACKENDS.items()}
+    return {name: backend.unavailable(device_type_of(name)) for name, backend in BACKENDS.items()}
 
 
 def device_type_of(name: str) -> str:
-    """The type of the tensors that this backend is for, on this machine."""
-    if name == "triton" and torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
+    """The type of device that this backend works on, on this machine."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "triton" and accelerator is not None:
+        return accelerator.type
     return "cuda" if name in ("cuda", "triton") else "cpu"

@@ -1,17 +1,19 @@
 """The compiled kernel on CPU threads."""
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from ..interrupts import at_once
-from .extension import C, call_of, missing
+from .extension import C, missing, pack_arguments
+from .interface import Arguments, Work
 
 NAME = "cpu"
 TAKES_TABLE = True
 
-# Below this many elements a thread, waking it costs more than it brings.
+# With fewer elements per thread, waking a thread costs more time than it saves.
 ELEMENTS_PER_THREAD = 1 << 17
 
 
@@ -21,28 +23,28 @@ def unavailable(device_type: str) -> str | None:
     return missing
 
 
-# A child process has none of the threads that OpenMP started before the fork, and would wait for them forever.
-_most_threads = float("inf")
+_max_threads = float("inf")
 
 
-def _one_thread() -> None:
-    global _most_threads
-    _most_threads = 1
+def _use_one_thread() -> None:
+    global _max_threads
+    _max_threads = 1
 
 
-os.register_at_fork(after_in_child=_one_thread)
+# A forked child process has none of the threads that OpenMP started in its parent, but would wait for them forever.
+os.register_at_fork(after_in_child=_use_one_thread)
 
 
-def threads(numel: int) -> int:
-    """As many as torch uses, fewer for little work."""
-    most = min(numel // ELEMENTS_PER_THREAD, _most_threads)
-    return min(torch.get_num_threads(), most) if most > 1 else 1
+def count_threads(numel: int) -> int:
+    """As many threads as torch uses; fewer if there are few elements."""
+    most = min(numel // ELEMENTS_PER_THREAD, _max_threads)
+    return int(min(torch.get_num_threads(), most)) if most > 1 else 1
 
 
-def run(work, call, tensors) -> None:
-    launch = partial(C.update_cpu, call_of(work, call), work.n_pieces, work.general, threads(work.numel))
-    at_once(launch, *call.counts)
+def run(work: Work, arguments: Arguments, tensors: Sequence[Tensor]) -> None:
+    C.update_cpu(pack_arguments(work, arguments), work.n_pieces, work.general, count_threads(work.numel))
 
 
-def swaps(work, tensors):
-    yield (partial(C.swap_cpu, work.table.data_ptr(), len(work.table), threads(work.numel)),)
+def swaps(work: Work, tensors: Sequence[Tensor]) -> Iterator[tuple[Callable[[], object], ...]]:
+    assert work.table is not None
+    yield (partial(C.swap_cpu, work.table.data_ptr(), len(work.table), count_threads(work.numel)),)

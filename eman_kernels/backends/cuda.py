@@ -1,11 +1,13 @@
 """The compiled CUDA kernel: one launch on the current stream of the tensors' device."""
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import torch
+from torch import Tensor
 
-from ..interrupts import at_once
-from .extension import C, call_of, missing
+from .extension import C, missing, pack_arguments
+from .interface import Arguments, Work
 
 NAME = "cuda"
 TAKES_TABLE = True
@@ -37,14 +39,15 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def run(work, call, tensors) -> None:
+def run(work: Work, arguments: Arguments, tensors: Sequence[Tensor]) -> None:
     stream = work.current_stream()
-    launch = partial(C.update_cuda, call_of(work, call), work.n_pieces, work.general, work.device.index, stream)
-    at_once(launch, *call.counts)
+    C.update_cuda(pack_arguments(work, arguments), work.n_pieces, work.general, work.device.index, stream)
     work.keep_table(stream)
 
 
-def swaps(work, tensors):
+def swaps(work: Work, tensors: Sequence[Tensor]) -> Iterator[tuple[Callable[[], object], ...]]:
+    assert work.table is not None
     stream = work.current_stream()
+    # Before the launch, because after an interrupt this generator is not resumed.
     work.keep_table(stream)
     yield (partial(C.swap_cuda, work.table.data_ptr(), len(work.table), work.device.index, stream),)

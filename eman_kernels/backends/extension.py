@@ -1,43 +1,47 @@
-"""The compiled extension, or why there is none. Import never fails for want of a compiler."""
+"""The compiled extension, or why there is none. Importing never fails just because no compiler was available."""
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from torch import Tensor, float64
 
-_AGAIN = "install the package again (`pip install -v --force-reinstall --no-deps .`)"
+from .interface import Arguments, Work
 
-C: ModuleType | None = None
+_REINSTALL = "install the package again (`pip install -v --force-reinstall --no-deps .`)"
+
+C: Any = None  # the module, or None
 missing: str | None = None
 
 try:
     C = import_module("eman_kernels._C")
 except ModuleNotFoundError:
-    missing = f"the compiled extension is not in this installation; with a C++ compiler in place, {_AGAIN}"
+    missing = f"the compiled extension is not in this installation; with a C++ compiler in place, {_REINSTALL}"
     if (Path(__file__).parents[2] / "setup.py").exists():
         missing += ". This is a clone, which in its folder hides a package that `pip install .` has installed"
 except ImportError as error:
-    missing = f"the compiled extension does not load ({error}); {_AGAIN}"
+    missing = f"the compiled extension does not load ({error}); {_REINSTALL}"
 
 
-def call_of(work, call):
-    """The call as the kernels take it: addresses of what lies on the device."""
-    table, momenta = work.table.data_ptr(), call.momenta
-    if not work.general and call.found_inf is None and type(momenta) is list:
-        return C.Call(table, momenta[0])
-    options = {}
-    if isinstance(momenta, Tensor):
-        options = {"momenta_address": momenta.data_ptr(), "momenta_are_double": momenta.dtype == float64}
-        momenta = work.n_teachers * [0.0]
-    if call.found_inf is not None:
-        options["found_inf"] = call.found_inf.data_ptr()
+def pack_arguments(work: Work, arguments: Arguments) -> Any:
+    """The arguments as the kernels take them, with addresses in the place of tensors."""
+    assert work.table is not None
+    table, momenta = work.table.data_ptr(), arguments.momenta
+    if isinstance(momenta, list):
+        packed = C.Arguments(table, momenta[0])
+        if len(momenta) > 1:
+            packed.set_momenta(momenta)
+    else:
+        packed = C.Arguments(table, 0.0)
+        packed.read_momenta(momenta.data_ptr(), work.n_teachers, momenta.dtype == float64)
+    if arguments.found_inf is not None:
+        packed.found_inf = arguments.found_inf.data_ptr()
     if work.general:
-        options |= {"stochastic": work.stochastic, "skip_nonfinite": work.skip_nonfinite, "seed": call.seed}
-        if isinstance(call.step, Tensor):
-            options["step_address"] = call.step.data_ptr()
+        packed.stochastic, packed.skip_nonfinite, packed.seed = work.stochastic, work.skip_nonfinite, arguments.seed
+        if isinstance(arguments.step, Tensor):
+            packed.step_address = arguments.step.data_ptr()
         else:
-            options["step"] = call.step & 0xFFFFFFFF
-        if call.skipped is not None:
-            options["skipped"] = call.skipped.data_ptr()
-    return C.Call(table, momenta, **options)
+            packed.step = arguments.step & 0xFFFFFFFF
+        if arguments.skipped is not None:
+            packed.skipped = arguments.skipped.data_ptr()
+    return packed

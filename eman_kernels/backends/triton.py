@@ -1,36 +1,39 @@
-"""The same table by one Triton kernel: one launch, the same bits, and no compiler to install.
+"""The same chunk table in one Triton launch: the same bits, without a C++ or CUDA compiler.
 
-The first call on a kind of device compiles the kernel, in about a second on one CPU core; Triton keeps the result in
-its cache on disk (~/.triton/cache), and later processes load it from there.
+The first launch on a kind of device compiles the kernel, in about a second on one CPU core. Triton caches the result on
+disk (~/.triton/cache), and later processes load it from there.
 """
 
 import os
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
 from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..interrupts import at_once
+from .interface import Arguments, Work
 
 NAME = "triton"
 TAKES_TABLE = True
 
-# No autotuning: it would run an in-place update many times. In the vector loop a thread takes 16 bytes of the wider
-# tensor at a time, in the scalar loop one element: with twice as much, registers grow from 39 to 64 and over, and an SM
-# holds fewer programs. With 8 warps instead of 4 a tensor of few elements costs more, and no other less (H200). fma
-# stands where the kernel says so and nowhere else.
+# No autotuning, because it would run an in-place update many times. A thread takes 16 bytes of the wider tensor at a
+# time in the vector loop, and one element in the scalar loop: with twice as much, registers grow from 39 to 64 and
+# more, and an SM holds fewer programs. 8 warps instead of 4 make tensors with few elements slower and no other faster
+# (H200). Only the fma in the source may be fused: the bits must equal the other backends'.
 NUM_WARPS = 4
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-# NVIDIA's assembler would stop at 32 registers and spill two. With leave to take 40 it spills none; the general update,
-# which is more than one teacher rounded to nearest, takes 40 to 64.
+# By default NVIDIA's assembler stops at 32 registers here and spills two. Allowed 40, it spills none. The general
+# update (everything but one teacher rounded to nearest) takes 40 to 64.
 NVIDIA_OPTIONS = OPTIONS | {"maxnreg": 40}
 NVIDIA_GENERAL_OPTIONS = OPTIONS | {"maxnreg": 64}
 
 
 @cache
-def missing() -> str | None:
-    """Why there is no Triton here that compiles the kernels; None if there is."""
+def explain_missing() -> str | None:
+    """Why there is no Triton that compiles the kernels; None if there is one."""
     try:
         import triton
     except ImportError as error:
@@ -42,7 +45,7 @@ def missing() -> str | None:
 
 
 @cache
-def kernels() -> ModuleType:
+def load_kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels
@@ -52,49 +55,52 @@ def kernels() -> ModuleType:
 def unavailable(device_type: str) -> str | None:
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
-            return missing()
+            return explain_missing()
         return "it updates GPU tensors only, not cpu (but for TRITON_INTERPRET=1); use backend='auto'"
     if device_type not in ("cuda", "xpu"):
         return f"it has no code for {device_type} tensors; use backend='auto'"
     if not torch.get_device_module(device_type).is_available():
         return f"no GPU is visible to torch (torch.{device_type}.is_available() is False)"
-    return missing()
+    return explain_missing()
 
 
-def run(work, call, tensors) -> None:
-    on_device = isinstance(call.momenta, torch.Tensor)
-    general = None
+def run(work: Work, arguments: Arguments, tensors: Sequence[Tensor]) -> None:
+    momenta = weights = general = None
+    if isinstance(arguments.momenta, Tensor):
+        momenta = arguments.momenta
+    else:
+        weights = tuple(split_into_floats(1.0 - momentum) for momentum in arguments.momenta)
     if work.general:
         general = (work.n_teachers, work.stochastic, work.skip_nonfinite, work.casts)
     launch(
-        kernels().eman_update,
+        load_kernels().eman_update,
         work,
-        call.momenta if on_device else None,
-        None if on_device else tuple(parts(1.0 - momentum) for momentum in call.momenta),
-        call.found_inf,
-        call.seed if work.stochastic else None,
-        call.step if work.stochastic else None,
-        call.skipped if work.skip_nonfinite else None,
+        momenta,
+        weights,
+        arguments.found_inf,
+        arguments.seed if work.stochastic else None,
+        arguments.step if work.stochastic else None,
+        arguments.skipped if work.skip_nonfinite else None,
         GENERAL=general,
     )
-    at_once(*call.counts)
 
 
-def swaps(work, tensors):
-    yield (partial(launch, kernels().eman_swap, work),)
+def swaps(work: Work, tensors: Sequence[Tensor]) -> Iterator[tuple[Callable[[], object], ...]]:
+    yield (partial(launch, load_kernels().eman_swap, work),)
 
 
-def launch(kernel, work, *arguments, **constants) -> None:
-    """One program a piece of the student."""
+def launch(kernel: Any, work: Work, *arguments: object, **constants: object) -> None:
+    """Launch one program per piece of the students."""
     grid = (work.n_pieces,)
-    if work.device.type == "cpu":
+    if work.device.type == "cpu":  # Triton's interpreter
         kernel[grid](work.table, *arguments, **constants, THREADS=32 * NUM_WARPS, **OPTIONS)
         return
-    # Triton launches on the current device's current stream. Where that is another, which is rare, once more.
+    # Triton launches on the current device's current stream. If that is another device, which is rare, call again
+    # with the right one.
     if torch.accelerator.current_device_index() != work.device.index:
         with torch.get_device_module(work.device).device(work.device):
             return launch(kernel, work, *arguments, **constants)
-    target = current_target(work.device)
+    target = find_target(work.device)
     options = OPTIONS
     if target.backend == "cuda":
         options = NVIDIA_OPTIONS if constants.get("GENERAL", True) is None else NVIDIA_GENERAL_OPTIONS
@@ -103,23 +109,25 @@ def launch(kernel, work, *arguments, **constants) -> None:
 
 
 @cache
-def current_target(device: torch.device):
-    """What Triton compiles for on the current device, which this is. A warp has 32 threads, or 64 on some of AMD's."""
+def find_target(device: torch.device) -> Any:
+    """What Triton compiles for on the current device, which must be this one. A warp has 32 threads; on some AMD GPUs
+    64."""
     import triton
 
     return triton.runtime.driver.active.get_current_target()
 
 
-def parts(weight: float) -> tuple[float, float, float]:
-    """Three float32 numbers whose sum, taken in double, is the weight; the first is the weight rounded to float32.
+def split_into_floats(weight: float) -> tuple[float, float, float]:
+    """Three float32 numbers whose sum in double is the weight; the first is the weight rounded to float32.
 
-    Triton takes a Python float as float32. Three of them hold it exactly, because 1 - momentum is a multiple of 2^-53.
+    Triton passes Python floats as float32. Three of them represent the weight exactly, because 1 - momentum is a
+    multiple of 2^-53.
     """
-    high, rest = _float32(weight)
-    middle, rest = _float32(rest)
+    high, rest = _split_float32(weight)
+    middle, rest = _split_float32(rest)
     return high, middle, rest
 
 
-def _float32(number: float) -> tuple[float, float]:
+def _split_float32(number: float) -> tuple[float, float]:
     rounded = c_float(number).value
     return rounded, number - rounded

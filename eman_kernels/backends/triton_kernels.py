@@ -1,6 +1,6 @@
-"""The Triton kernels: the update and the swap, one program a piece of the student.
+"""The Triton kernels: the update and the swap. Each program processes one piece of the student.
 
-Imported where they are launched: Triton takes longer to import than all the rest of this package.
+This module is imported at the first launch, because importing Triton takes longer than importing the whole package.
 """
 
 import triton
@@ -9,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def _ema(teacher, student, weight):
-    """csrc/ema_math.h says why this form. With a branch Triton would not inline it, nor make wide accesses."""
+    """The average; csrc/ema_math.h explains this form. With a branch Triton would neither inline the function nor emit
+    wide accesses."""
     near_teacher = weight < 0.5
     coefficient = tl.where(near_teacher, weight, weight - 1.0)
     difference = tl.where(weight == 1.0, 0.0, tl.where(student == teacher, 0.0, student - teacher))
@@ -17,8 +18,8 @@ def _ema(teacher, student, weight):
 
 
 @triton.jit
-def _weight(momenta, weights, k: tl.constexpr, REAL: tl.constexpr):
-    """1 minus the momentum that lies on the device, where there is one, or the sum of three floats."""
+def _load_weight(momenta, weights, k: tl.constexpr, REAL: tl.constexpr):
+    """1 minus the momentum that is stored on the device, if there is one, else the sum of three floats."""
     if momenta is not None:
         weight = (1.0 - tl.load(momenta + k).to(tl.float64)).to(REAL)
     else:
@@ -30,8 +31,8 @@ def _weight(momenta, weights, k: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
-def _elements(teacher, student, weight, mask, REAL: tl.constexpr, AVERAGED: tl.constexpr):
-    """A block of pointers to elements. A mask, whatever is in it, would make the accesses an element wide."""
+def _update_elements(teacher, student, weight, mask, REAL: tl.constexpr, AVERAGED: tl.constexpr):
+    """Update a block of elements, given by pointers. Accesses are wide only without a mask (None)."""
     followed = tl.load(student, mask=mask)
     if AVERAGED:
         average = _ema(tl.load(teacher, mask=mask).to(REAL), followed.to(REAL), weight)
@@ -41,8 +42,9 @@ def _elements(teacher, student, weight, mask, REAL: tl.constexpr, AVERAGED: tl.c
 
 
 @triton.jit
-def _drawn(group, column, seed, step):
-    """16 random bits for each element of rows of eight: csrc/ema_math.h's Random, a row a group."""
+def _draw(group, column, seed, step):
+    """16 random bits per element, for rows of eight elements. Each row is a group in the sense of csrc/ema_math.h's
+    Random."""
     if step.dtype.is_ptr():
         step = tl.load(step)
     key = (step.to(tl.uint64) << 32) | (seed.to(tl.uint64) & 0xFFFFFFFF)
@@ -53,8 +55,8 @@ def _drawn(group, column, seed, step):
 
 
 @triton.jit
-def _rounded_at_random(average, random, T: tl.constexpr):
-    """csrc/ema_math.h's narrow_stochastic."""
+def _round_stochastically(average, random, T: tl.constexpr):
+    """narrow_stochastic of csrc/ema_math.h, which explains the constants."""
     bits = average.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     if T.is_bf16():
@@ -71,13 +73,13 @@ def _rounded_at_random(average, random, T: tl.constexpr):
 
 
 @triton.jit
-def _rows(records, student, first, numel, call, ROWS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-          REAL: tl.constexpr, AVERAGED: tl.constexpr, GENERAL: tl.constexpr):  # fmt: skip
-    """Rows of eight elements, for all teachers; the student's are read once. Returns which of them were skipped.
+def _update_rows(records, student, first, numel, arguments, ROWS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+                 REAL: tl.constexpr, AVERAGED: tl.constexpr, GENERAL: tl.constexpr):  # fmt: skip
+    """Update rows of eight elements for all teachers. The student's elements are read once. Returns which were skipped.
 
-    numel: None where every element is there and every address takes 16-byte accesses.
+    numel: None if all elements of the block exist and all addresses allow 16-byte accesses.
     """
-    momenta, weights, _, seed, step, _ = call
+    momenta, weights, _, seed, step, _ = arguments
     TEACHERS: tl.constexpr = GENERAL[0]
     STOCHASTIC: tl.constexpr = GENERAL[1]
     SKIPS: tl.constexpr = GENERAL[2]
@@ -98,17 +100,17 @@ def _rows(records, student, first, numel, call, ROWS: tl.constexpr, T: tl.conste
             teacher = tl.multiple_of(teacher, 16)
         if AVERAGED:
             extra = tl.load(records + 4 * k + 2)
-            flags = tl.load(records + 4 * k + 3) >> 48
+            flags = tl.load(records + 4 * k + 3) >> 48  # 1: kVector16, 2: kCopied, 4: kCastToHalf
             old = tl.load(teacher + at, mask=mask)
             start = old.to(REAL)
             if SKIPS:
-                # The student's number takes the place of one that is not finite.
+                # The student's value replaces a teacher's that is not finite.
                 start = tl.where((start - start) != 0.0, followed.to(REAL), start)
-            weight = _weight(momenta, weights, k, REAL)
+            weight = _load_weight(momenta, weights, k, REAL)
             average = _ema(start, followed.to(REAL), weight)
             if STOCHASTIC and (T.is_bf16() or T.is_fp16()):
                 group = (extra + first).to(tl.uint64) // 8 + row.to(tl.uint64)
-                new = _rounded_at_random(average, _drawn(group, column, seed, step), T)
+                new = _round_stochastically(average, _draw(group, column, seed, step), T)
             else:
                 new = average.to(T)
             # At momentum 1 even a NaN keeps its bits.
@@ -119,16 +121,16 @@ def _rows(records, student, first, numel, call, ROWS: tl.constexpr, T: tl.conste
             tl.store(teacher + at, new, mask=mask)
             if CASTS and T.is_fp32() and extra != 0:
                 if flags & 4 != 0:
-                    _cast(extra, at, new, mask, tl.float16)
+                    _store_copy(extra, at, new, mask, tl.float16)
                 else:
-                    _cast(extra, at, new, mask, tl.bfloat16)
+                    _store_copy(extra, at, new, mask, tl.bfloat16)
         else:
             tl.store(teacher + at, followed, mask=mask)
     return keeps.to(tl.int32)
 
 
 @triton.jit
-def _cast(address, at, teacher, mask, LOW: tl.constexpr):
+def _store_copy(address, at, teacher, mask, LOW: tl.constexpr):
     copy = address.to(tl.pointer_type(LOW))
     if mask is None:
         copy = tl.multiple_of(copy, 16)
@@ -136,23 +138,24 @@ def _cast(address, at, teacher, mask, LOW: tl.constexpr):
 
 
 @triton.jit
-def _chunk(records, call, T: tl.constexpr, S: tl.constexpr, REAL: tl.constexpr, AVERAGED: tl.constexpr,
-           GENERAL: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """A piece of the student, of this pair. call: what came by value, or as addresses."""
-    momenta, weights, found_inf, _, _, skipped = call
+def _update_chunk(records, arguments, T: tl.constexpr, S: tl.constexpr, REAL: tl.constexpr, AVERAGED: tl.constexpr,
+                  GENERAL: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Update a piece of the student, whose pair has these types. arguments: numbers, or pointers to them."""
+    momenta, weights, found_inf, _, _, skipped = arguments
     student = tl.load(records + 1).to(tl.pointer_type(S))
     packed = tl.load(records + 3)
     numel = (packed & 0xFFFFFFFF).to(tl.int32)
     if found_inf is not None:
         numel = tl.where(tl.load(found_inf) != 0, 0, numel)
     done = numel * 0
-    # A hint on the address would be lost in the cast to a pointer.
+    # The elements of a round: per thread, 16 bytes of the wider type. The hint that addresses are multiples of 16 is
+    # given for the pointers below; given for an integer address, it would be lost in the cast to a pointer.
     WIDE: tl.constexpr = THREADS * 128 // max(T.primitive_bitwidth, S.primitive_bitwidth)
     if GENERAL is None:
         teacher = tl.load(records).to(tl.pointer_type(T))
         weight = 0.0
         if AVERAGED:
-            weight = _weight(momenta, weights, 0, REAL)
+            weight = _load_weight(momenta, weights, 0, REAL)
             # At momentum 1 nothing is written.
             numel = tl.where(weight == 0.0, 0, numel)
         if (packed >> 48) & 1 != 0:
@@ -161,20 +164,22 @@ def _chunk(records, call, T: tl.constexpr, S: tl.constexpr, REAL: tl.constexpr, 
             done = numel // WIDE * WIDE
             for first in range(0, done, WIDE):
                 at = first + tl.arange(0, WIDE)
-                _elements(aligned_teacher + at, aligned_student + at, weight, None, REAL, AVERAGED)
+                _update_elements(aligned_teacher + at, aligned_student + at, weight, None, REAL, AVERAGED)
         for first in range(done, numel, THREADS):
             at = first + tl.arange(0, THREADS)
-            _elements(teacher + at, student + at, weight, at < numel, REAL, AVERAGED)
+            _update_elements(teacher + at, student + at, weight, at < numel, REAL, AVERAGED)
     else:
         count = tl.zeros([WIDE // 8, 8], tl.int32)
         if (packed >> 48) & 1 != 0:
             aligned = tl.multiple_of(student, 16)
             done = numel // WIDE * WIDE
             for first in range(0, done, WIDE):
-                count += _rows(records, aligned, first, None, call, WIDE // 8, T, S, REAL, AVERAGED, GENERAL)
+                count += _update_rows(
+                    records, aligned, first, None, arguments, WIDE // 8, T, S, REAL, AVERAGED, GENERAL
+                )
         tail = tl.zeros([THREADS // 8, 8], tl.int32)
         for first in range(done, numel, THREADS):
-            tail += _rows(records, student, first, numel, call, THREADS // 8, T, S, REAL, AVERAGED, GENERAL)
+            tail += _update_rows(records, student, first, numel, arguments, THREADS // 8, T, S, REAL, AVERAGED, GENERAL)
         if skipped is not None and S.is_floating():
             both = tl.sum(count) + tl.sum(tail)
             tl.atomic_add(skipped, both.to(tl.int64), mask=both > 0)
@@ -183,40 +188,40 @@ def _chunk(records, call, T: tl.constexpr, S: tl.constexpr, REAL: tl.constexpr, 
 @triton.jit(do_not_specialize=["seed", "step"])
 def eman_update(table, momenta, weights, found_inf, seed, step, skipped, GENERAL: tl.constexpr,
                 THREADS: tl.constexpr):  # fmt: skip
-    """One program a piece of the student. The record and the codes are those of csrc/chunk.h, the arguments those
-    of csrc/eman_update.h's Call. GENERAL: None, or n_teachers, stochastic, skip_nonfinite, and whether any casts.
+    """One program per piece of the student. csrc/chunk.h defines the records and the codes, csrc/eman_update.h the
+    arguments. GENERAL: None for the plain update, else (n_teachers, stochastic, skip_nonfinite, casts).
     """
-    call = (momenta, weights, found_inf, seed, step, skipped)
+    arguments = (momenta, weights, found_inf, seed, step, skipped)
     records = table + tl.program_id(0).to(tl.int64) * (4 if GENERAL is None else 4 * GENERAL[0])
     pair = ((tl.load(records + 3) >> 32) & 0xFFFF).to(tl.int32)
     if pair == 0:
-        _chunk(records, call, tl.float32, tl.float32, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float32, tl.float32, tl.float32, True, GENERAL, THREADS)
     elif pair == 1:
-        _chunk(records, call, tl.float32, tl.bfloat16, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float32, tl.bfloat16, tl.float32, True, GENERAL, THREADS)
     elif pair == 2:
-        _chunk(records, call, tl.float32, tl.float16, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float32, tl.float16, tl.float32, True, GENERAL, THREADS)
     elif pair == 3:
-        _chunk(records, call, tl.bfloat16, tl.bfloat16, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.bfloat16, tl.bfloat16, tl.float32, True, GENERAL, THREADS)
     elif pair == 4:
-        _chunk(records, call, tl.float16, tl.float16, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float16, tl.float16, tl.float32, True, GENERAL, THREADS)
     elif pair == 5:
-        _chunk(records, call, tl.bfloat16, tl.float32, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.bfloat16, tl.float32, tl.float32, True, GENERAL, THREADS)
     elif pair == 6:
-        _chunk(records, call, tl.float16, tl.float32, tl.float32, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float16, tl.float32, tl.float32, True, GENERAL, THREADS)
     elif pair == 7:
-        _chunk(records, call, tl.float64, tl.float64, tl.float64, True, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.float64, tl.float64, tl.float64, True, GENERAL, THREADS)
     elif pair == 8:
-        _chunk(records, call, tl.uint8, tl.uint8, tl.uint8, False, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.uint8, tl.uint8, tl.uint8, False, GENERAL, THREADS)
     elif pair == 9:
-        _chunk(records, call, tl.uint16, tl.uint16, tl.uint16, False, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.uint16, tl.uint16, tl.uint16, False, GENERAL, THREADS)
     elif pair == 10:
-        _chunk(records, call, tl.uint32, tl.uint32, tl.uint32, False, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.uint32, tl.uint32, tl.uint32, False, GENERAL, THREADS)
     elif pair == 11:
-        _chunk(records, call, tl.uint64, tl.uint64, tl.uint64, False, GENERAL, THREADS)
+        _update_chunk(records, arguments, tl.uint64, tl.uint64, tl.uint64, False, GENERAL, THREADS)
 
 
 @triton.jit
-def _exchanged(teacher, student, at, mask):
+def _exchange(teacher, student, at, mask):
     was = tl.load(teacher + at, mask=mask)
     tl.store(teacher + at, tl.load(student + at, mask=mask), mask=mask)
     tl.store(student + at, was, mask=mask)
@@ -235,15 +240,15 @@ def _swap_chunk(record, U: tl.constexpr, THREADS: tl.constexpr):
         WIDE: tl.constexpr = THREADS * 128 // U.primitive_bitwidth
         done = numel // WIDE * WIDE
         for first in range(0, done, WIDE):
-            _exchanged(aligned_teacher, aligned_student, first + tl.arange(0, WIDE), None)
+            _exchange(aligned_teacher, aligned_student, first + tl.arange(0, WIDE), None)
     for first in range(done, numel, THREADS):
         at = first + tl.arange(0, THREADS)
-        _exchanged(teacher, student, at, at < numel)
+        _exchange(teacher, student, at, at < numel)
 
 
 @triton.jit
 def eman_swap(table, THREADS: tl.constexpr):
-    """One program a chunk, whose pair is that of a copy."""
+    """One program per chunk. The pair codes are those of copies."""
     record = table + tl.program_id(0).to(tl.int64) * 4
     pair = ((tl.load(record + 3) >> 32) & 0xFFFF).to(tl.int32)
     if pair == 8:

@@ -1,4 +1,4 @@
-"""The teacher in other libraries' terms: a file for each, named as the library, which is imported only there.
+"""Adapters for other libraries: one module per library, with the library's name, which imports it.
 
 torch (AveragedModel), timm, lightly, lightning, diffusers, transformers.
 """

@@ -1,4 +1,4 @@
-"""diffusers' EMAModel, with its step in one pass.
+"""diffusers' EMAModel with a step that updates all parameters in one pass.
 
 ```python
 from accelerate import Accelerator
@@ -25,12 +25,13 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from ..call import call_of
-from ..functional import update_lists
+from ..options import Options
+from ..update.arguments import make_arguments
+from ..update.eager import update_lists
 
 if find_spec("diffusers") is None:
     raise ImportError(
-        "eman_kernels.integrations.diffusers is for diffusers, which is not installed: "
+        "eman_kernels.integrations.diffusers needs diffusers, which is not installed: "
         "pip install 'eman_kernels[diffusers]'"
     )
 
@@ -38,30 +39,38 @@ from diffusers import training_utils
 
 
 class EMANModel(training_utils.EMAModel):
-    """EMAModel: the same arguments, decay and files. Its ``step`` is one pass, in the arithmetic of ``ema_update_``.
+    """An EMAModel whose ``step`` is one pass with the arithmetic of ``ema_update_``. Decay and files do not change.
 
-    It averages what it is given, and that are parameters, as in diffusers. For a network with BatchNorm take
-    EMANTeacher, which averages the statistics too. Parameters that do not require grad are copied.
+    Like EMAModel, it averages parameters only: for a network with BatchNorm use EMANTeacher, which averages the
+    statistics too. Parameters that do not require gradients are copied.
 
-    Args: those of EMAModel; foreach is of its copies alone.
+    The arguments are those of EMAModel; ``foreach`` affects only ``copy_to`` and ``restore``.
     """
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """As EMAModel's. Raises ValueError, before anything is counted or written, for parameters that do not fit."""
+        """Follow the parameters by one step, as ``EMAModel.step``.
+
+        Args:
+            parameters: the network's parameters, in the order passed to the constructor.
+
+        Raises:
+            TypeError: parameters is a network.
+            ValueError: the parameters do not match the averaged ones. Nothing has been counted or written.
+        """
         if isinstance(parameters, nn.Module):
-            raise TypeError("step takes the parameters of the network: step(network.parameters())")
+            raise TypeError("step() takes the network's parameters, not the network: step(network.parameters())")
         parameters = list(parameters)
-        if _is_zero3():
+        if _uses_zero3():
             return super().step(parameters)
         decay = self.get_decay(self.optimization_step + 1)
         frozen = [not parameter.requires_grad for parameter in parameters]
-        update_lists(self.shadow_params, parameters, call_of([decay]), None, "nearest", "propagate", frozen)
+        update_lists(self.shadow_params, parameters, make_arguments([decay]), Options(), frozen)
         self.optimization_step += 1
         self.cur_decay_value = decay
 
 
-def _is_zero3() -> bool:
-    """DeepSpeed has taken the parameters apart: diffusers knows how to gather them."""
+def _uses_zero3() -> bool:
+    """Whether DeepSpeed's ZeRO-3 has partitioned the parameters. EMAModel.step gathers them."""
     if not training_utils.is_transformers_available():
         return False
     return training_utils.transformers.integrations.deepspeed.is_deepspeed_zero3_enabled()

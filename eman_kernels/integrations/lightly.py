@@ -1,4 +1,4 @@
-"""lightly's update_momentum, for BatchNorm's statistics too.
+"""A replacement of lightly's update_momentum that averages BatchNorm's statistics too.
 
 ```python
 import copy
@@ -26,21 +26,24 @@ from ..functional import eman_update_
 
 if find_spec("lightly") is None:
     raise ImportError(
-        "eman_kernels.integrations.lightly is for lightly, which is not installed: pip install 'eman_kernels[lightly]'"
+        "eman_kernels.integrations.lightly needs lightly, which is not installed: pip install 'eman_kernels[lightly]'"
     )
 
 
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor, **options: Any) -> None:
-    """In the place of ``lightly.models.utils.update_momentum``: ``eman_update_`` with lightly's order of arguments.
+    """Replaces ``lightly.models.utils.update_momentum``: ``eman_update_`` with lightly's order of arguments.
 
-    BatchNorm's statistics follow by the same average as the weights, its counters are copied, and ``model_ema`` is put
-    into eval mode: Lightning's ``train()`` puts it into training mode, where it would normalise with its own batches.
+    BatchNorm's statistics are averaged like the weights, its counters are copied, and ``model_ema`` is switched to eval
+    mode. Lightning's ``train()`` puts it into training mode, where it would normalize with its own batches.
 
     Args:
-        model: the network that is read: the student.
-        model_ema: the momentum network, which is written. Tensors are paired by name.
+        model: the student; it is only read.
+        model_ema: the momentum network, updated in place. Tensors are paired by name.
         m: the momentum, in [0, 1].
-        options: those of ``eman_update_``; so are the errors.
+        options: keyword options of ``eman_update_``.
+
+    Raises:
+        TypeError, ValueError: see ``eman_update_``.
     """
     if model_ema.training:
         model_ema.eval()

@@ -1,4 +1,4 @@
-"""Lightning's WeightAveraging callback, with an EMANTeacher as the average.
+"""Lightning's WeightAveraging callback with an EMANTeacher as the average.
 
 ```python
 from lightning.pytorch import Trainer
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..schedules import CopyFirst
-from ..teacher import EMANTeacher, Momentum
+from ..teacher import EMANTeacher
+from ..update.state import Momentum
 
 if find_spec("lightning") is None:
     raise ImportError(
-        "eman_kernels.integrations.lightning is for lightning, which is not installed: "
+        "eman_kernels.integrations.lightning needs lightning, which is not installed: "
         "pip install 'eman_kernels[lightning]'"
     )
 
@@ -31,8 +32,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 
-class _Average(EMANTeacher):
-    """What WeightAveraging calls of an AveragedModel."""
+class _AverageTeacher(EMANTeacher):
+    """An EMANTeacher with the method of AveragedModel that WeightAveraging calls."""
 
     found_inf: Tensor | None = None
 
@@ -41,21 +42,26 @@ class _Average(EMANTeacher):
 
 
 class EMANWeightAveraging(WeightAveraging):
-    """WeightAveraging by an EMANTeacher: updated after real optimizer steps, and none that GradScaler skips; validated
-    in the model's place, and given back if the validation raises.
+    """WeightAveraging with an EMANTeacher, updated only after optimizer steps that are actually taken.
 
-    Checkpoints are those of WeightAveraging and EMAWeightAveraging, and each loads the others': ``state_dict`` is the
-    average, ``current_model_state`` the model.
+    Steps skipped by GradScaler are ignored. Validation runs with the average in place of the model; the model gets its
+    own values back even if the validation raises.
+
+    Checkpoints have the format of WeightAveraging and EMAWeightAveraging, and the three callbacks can load each
+    other's: ``state_dict`` is the average, ``current_model_state`` the model.
 
     Args:
-        momentum: as in EMANTeacher; a schedule counts the updates. The first one copies the model, as in
-            EMAWeightAveraging: the average of a run on several devices is made before their models are equal, and one
-            that starts late would begin at what the model was at first.
-        update_every_n_steps: update after optimizer steps 0, n, 2n, ..., as EMAWeightAveraging; default 1.
-        update_starting_at_step: no update before this step; default: none is left out.
-        device: where the average is kept; default: the model's device.
-        options: those of EMANTeacher, but dtype: it is the model's, for they are exchanged. The default of rounding is
-            "stochastic", of which a bf16-true model has need.
+        momentum: as in EMANTeacher; default 0.999. The first update always copies the model, as in EMAWeightAveraging:
+            on several devices the average is created before the models are equal, and an average that starts late would
+            otherwise start from the model's initial values.
+        update_every_n_steps: update after optimizer steps 0, n, 2n, ..., as in EMAWeightAveraging; default 1.
+        update_starting_at_step: do not update before this step; default: update from the first step.
+        device: where the average is stored; default: the model's device.
+        options: keyword options of EMANTeacher, except dtype: the average has the model's dtype because their values
+            are exchanged. The default of rounding is "stochastic", which a bf16-true model needs.
+
+    Raises:
+        ValueError: update_every_n_steps is below 1; see also EMANTeacher, which is created in ``setup``.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class EMANWeightAveraging(WeightAveraging):
     ) -> None:
         super().__init__(device=device)
         if update_every_n_steps < 1:
-            raise ValueError(f"update_every_n_steps must be at least 1, and is {update_every_n_steps}")
+            raise ValueError(f"update_every_n_steps must be at least 1, got {update_every_n_steps}")
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
         self._options = {"momentum": CopyFirst(momentum), "rounding": "stochastic"} | options
@@ -83,19 +89,19 @@ class EMANWeightAveraging(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._average_model = _Average(pl_module, **self._options)
+            self._average_model = _AverageTeacher(pl_module, **self._options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now has Lightning moved the model, and given it the dtype of its precision; the two are to be exchanged.
+        # Lightning has now moved the model and set its dtype. Average and model need equal dtypes to be exchanged.
         average = self._average_model.to(self._device or pl_module.device).module
         for own, model in ((average.parameters(), pl_module.parameters()), (average.buffers(), pl_module.buffers())):
             for tensor, like in zip(own, model, strict=True):
                 tensor.data = tensor.data.to(like.dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._handles = [optimizer.register_step_post_hook(self._note) for optimizer in trainer.optimizers]
+        self._handles = [optimizer.register_step_post_hook(self._record_step) for optimizer in trainer.optimizers]
 
-    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+    def _record_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped = True
         self._average_model.found_inf = getattr(optimizer, "found_inf", None)
 
@@ -105,7 +111,7 @@ class EMANWeightAveraging(WeightAveraging):
         self._stepped = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove()
+        self._remove_hooks()
         super().on_train_end(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,8 +123,8 @@ class EMANWeightAveraging(WeightAveraging):
             self._average_model.swap_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove()
-        if self._average_model is not None and self._average_model._turn.exchange is not None:
+        self._remove_hooks()
+        if self._average_model is not None and self._average_model.is_swapped:
             self._average_model.swap_back()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -131,6 +137,6 @@ class EMANWeightAveraging(WeightAveraging):
             checkpoint = checkpoint | {"averaging_state": {"_extra_state": state["n_averaged"]}}
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
-    def _remove(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()

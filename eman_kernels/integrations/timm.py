@@ -1,4 +1,4 @@
-"""timm's ModelEmaV3, as an EMANTeacher.
+"""An EMANTeacher with the interface of timm's ModelEmaV3.
 
 ```python
 import timm
@@ -13,7 +13,7 @@ for step, images in enumerate(batches, start=1):
 saver.save_checkpoint(epoch=0)
 ```
 
-timm's tasks take it as ``task.trainable_module_ema = ModelEman(task.get_trainable_module())``. To resume:
+With timm's tasks: ``task.trainable_module_ema = ModelEman(task.get_trainable_module())``. To resume:
 ``timm.models.load_checkpoint(model_ema.module, path, use_ema=True)``. Tested with timm 1.0.31.
 """
 
@@ -28,27 +28,28 @@ from ..teacher import EMANTeacher
 
 if find_spec("timm") is None:
     raise ImportError(
-        "eman_kernels.integrations.timm is for timm, which is not installed: pip install 'eman_kernels[timm]'"
+        "eman_kernels.integrations.timm needs timm, which is not installed: pip install 'eman_kernels[timm]'"
     )
 
 
 class ModelEman(EMANTeacher):
     """An EMANTeacher with the arguments, the decay and the checkpoints of timm's ModelEmaV3.
 
-    ``.module`` is the plain network, which is what CheckpointSaver writes; ``distribute_bn`` works on it. What differs
-    from V3: tied tensors are averaged once, non-persistent buffers take part, tensors are paired by name, float16 ones
-    are rounded stochastically too, and the average is in eval mode for good, without gradients.
+    CheckpointSaver stores the plain network, ``.module``; ``distribute_bn`` works on it. Differences from V3: tied
+    tensors are averaged once, non-persistent buffers are averaged too, tensors are paired by name, stochastic rounding
+    also applies to float16, and the average always stays in eval mode without gradients.
 
     Args:
-        model: the network to follow; DDP and torch.compile wrappers are looked through.
-        decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in V3. They are the momentum of
-            update ``step`` (``schedules.InverseGamma``), and those up to ``update_after_step + 1`` copy the model.
-        device: where the average is kept; default: the model's. In CPU memory each update copies the model there.
-        rounding: of bf16 and fp16 averages; default "stochastic", as in V3.
-        options: those of EMANTeacher: ``buffers="copy"`` is V3's exclude_buffers, ``dtype`` is V3's.
+        model: the network to follow; DDP and torch.compile wrappers are stripped.
+        decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in V3. They define the momentum
+            of update ``step`` (see ``schedules.InverseGamma``); updates up to ``update_after_step + 1`` copy the model.
+        device: where the average is stored; default: the model's device. For an average on the CPU each update copies
+            the model to the CPU.
+        rounding: as in EMANTeacher; default "stochastic", as in V3.
+        options: other keyword options of EMANTeacher. ``buffers="copy"`` is V3's exclude_buffers, ``dtype`` is V3's.
 
     Raises:
-        ValueError: as EMANTeacher and ``schedules.InverseGamma``.
+        ValueError: see EMANTeacher and ``schedules.InverseGamma``.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class ModelEman(EMANTeacher):
 
         Args:
             model: the network to follow.
-            step: the number of this update, from 1 on, over the whole training: timm's ``num_updates``. It is what a
-                resumed run goes on from, because timm saves the plain network. Without it the decay is constant and
-                nothing is copied, as in V3.
-            found_inf: as in EMANTeacher.
+            step: the number of this update over the whole training, starting at 1: timm's ``num_updates``. Pass it to
+                continue a resumed run correctly, because timm saves only the plain network. Without it the decay is
+                constant and no update copies the model, as in V3.
+            found_inf: as in ``EMANTeacher.update``.
         """
         if step is None:
             super().update(model, momentum=self.decay, found_inf=found_inf)
@@ -89,7 +90,7 @@ class ModelEman(EMANTeacher):
             super().update(model, found_inf=found_inf)
 
     def set(self, model: nn.Module) -> None:
-        """Copy the model, which is no update: the step stays as it is."""
+        """Copy the model. This does not count as an update: the step does not change."""
         step = self.step
         super().update(model, momentum=0.0)
         self.step = step

@@ -1,4 +1,4 @@
-"""torch.optim.swa_utils.AveragedModel, with its averages from this package's kernels.
+"""An averaging function for torch.optim.swa_utils.AveragedModel that uses this package's kernels.
 
 ```python
 from torch.optim.swa_utils import AveragedModel
@@ -8,12 +8,12 @@ averaged = AveragedModel(student, multi_avg_fn=get_eman_multi_avg_fn(0.999), use
 for _ in range(6):
     student(images).square().mean().backward(), optimizer.step(), optimizer.zero_grad()
     averaged.update_parameters(student)
-assert averaged.module[1].num_batches_tracked == 6  # with torch's own function it is 1
+assert averaged.module[1].num_batches_tracked == 6  # 1 with torch's get_ema_multi_avg_fn
 ```
 
-Tested with torch 2.14. The first call of ``update_parameters`` copies the student, as AveragedModel has it. Each call
-walks both networks before it comes here: for ResNet-50 that is 0.3 of an update more than ``EMANTeacher.update`` takes,
-which walks none, on one CPU thread, and 0.5 to 0.7 on two.
+Tested with torch 2.14. The first call of ``update_parameters`` copies the student, as always with AveragedModel. Each
+call walks both networks before it calls the function. ``EMANTeacher.update`` does not: for ResNet-50 the walk adds 0.3
+of its time on one CPU thread, and 0.5 to 0.7 on two.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,10 @@ from functools import partial
 
 from torch import Tensor
 
-from ..call import Nonfinite, Rounding, as_momentum, check_modes
 from ..functional import ema_update_
-from ..teacher import Momentum
+from ..options import Nonfinite, Rounding, check_seed, make_options
+from ..update.arguments import check_momentum
+from ..update.state import Momentum
 
 
 def get_eman_multi_avg_fn(
@@ -34,33 +35,36 @@ def get_eman_multi_avg_fn(
     seed: int = 0,
     nonfinite: Nonfinite = "propagate",
 ) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """In the place of torch's ``get_ema_multi_avg_fn(decay)`` and ``get_swa_multi_avg_fn()``.
+    """Replaces torch's ``get_ema_multi_avg_fn(decay)`` and ``get_swa_multi_avg_fn()``.
 
-    One pass for all tensors of a dtype, with ``torch.lerp``'s bits in floating point; every other tensor is copied.
-    With ``use_buffers=True`` BatchNorm's statistics are averaged and its counters are the student's: this is EMAN. It
-    can be pickled and copied, and with it the AveragedModel.
+    The function updates all tensors of a dtype in one pass. Floating-point results have the bits of ``torch.lerp``;
+    other tensors are copied. With ``use_buffers=True`` BatchNorm's statistics are averaged and its counters are copied
+    from the student, which is EMAN. The function can be pickled and copied, and so can an AveragedModel that uses it.
 
     Args:
-        decay: a number in [0, 1], a 0-d tensor on the averages' device, or a schedule, which gets ``n_averaged``:
-            ``schedules.Average()`` is torch's SWA. Default 0.999.
-        backend, rounding, nonfinite: as in ``ema_update_``.
-        seed: of stochastic rounding, in [0, 2^32); default 0.
+        decay: a number in [0, 1], a 0-d tensor on the averages' device, or a schedule, which is called with
+            ``n_averaged``: ``schedules.Average()`` is torch's SWA. Default 0.999.
+        backend, rounding, seed, nonfinite: as in ``ema_update_``.
+
+    Returns:
+        A function for the ``multi_avg_fn`` argument of AveragedModel.
 
     Raises:
-        ValueError: decay or seed is out of range, or a mode is not known.
+        ValueError: decay or seed is out of range, or rounding or nonfinite is not a known mode.
     """
     if not callable(decay):
-        as_momentum(decay)
-    check_modes(rounding, seed, True, nonfinite)
-    options = {"backend": backend, "rounding": rounding, "seed": seed, "nonfinite": nonfinite}
-    return partial(_average, decay=decay, options=options)
+        check_momentum(decay)
+    options = {"backend": backend, "rounding": rounding, "nonfinite": nonfinite}
+    make_options(**options)
+    check_seed(seed)
+    return partial(_average_tensors, decay=decay, options=options | {"seed": seed})
 
 
-def _average(
+def _average_tensors(
     averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int, *, decay: Momentum, options: dict
 ) -> None:
     if callable(decay):
-        # In double, because 1 - m of a float32 m is three digits short.
+        # In float64: 1 - m would lose three digits if m were float32.
         decay = decay(n_averaged.double() if isinstance(n_averaged, Tensor) else n_averaged)
     step = n_averaged if options["rounding"] == "stochastic" else None
     ema_update_(averaged, current, decay, step=step, **options)

@@ -1,4 +1,4 @@
-"""A teacher for transformers' Trainer, as a callback.
+"""A callback for transformers' Trainer that maintains an EMANTeacher.
 
 ```python
 from transformers import Trainer, TrainingArguments
@@ -23,11 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..teacher import EMANTeacher, Momentum
+from ..teacher import EMANTeacher
+from ..update.state import Momentum
 
 if find_spec("transformers") is None:
     raise ImportError(
-        "eman_kernels.integrations.transformers is for transformers, which is not installed: "
+        "eman_kernels.integrations.transformers needs transformers, which is not installed: "
         "pip install 'eman_kernels[transformers]'"
     )
 
@@ -37,25 +38,29 @@ FILE = "eman_teacher.pt"
 
 
 class EMANCallback(TrainerCallback):
-    """Lets ``callback.teacher``, an EMANTeacher, follow the model after each step that the optimizer really makes.
+    """Updates ``callback.teacher``, an EMANTeacher, after each optimizer step that is actually taken.
 
-    It is saved in each checkpoint's folder, as ``eman_teacher.pt``, and found there when training is resumed; the
-    checkpoint's model is the student. After the training ``callback.teacher`` is the average and the model the student,
-    both of the best checkpoint with ``load_best_model_at_end``.
+    The teacher is saved as ``eman_teacher.pt`` in each checkpoint's folder and loaded from there when training resumes;
+    the checkpoint's model is the student. After training, ``callback.teacher`` is the average and the model is the
+    student, both from the best checkpoint if ``load_best_model_at_end`` is set.
 
     Args:
         momentum: as in EMANTeacher; default 0.999.
-        evaluate_with: "teacher" (default): evaluations during the training are of the average, which is exchanged with
-            the model while ``evaluate`` runs; if one raises, until the next training begins, or ``swap_back()``.
-            "student": the model is evaluated as it is. Outside of the training: ``with callback.teacher.swapped():``.
-        options: those of EMANTeacher. The default of rounding is "stochastic", of which a bf16 model has need.
+        evaluate_with: "teacher" (default) evaluates the average during training: the values of teacher and model are
+            swapped while ``evaluate`` runs. If it raises, they stay swapped until the next training starts or
+            ``swap_back()`` is called. "student" evaluates the model. Outside of training, use
+            ``with callback.teacher.swapped():``.
+        options: keyword options of EMANTeacher. The default of rounding is "stochastic", which a bf16 model needs.
+
+    Raises:
+        ValueError: evaluate_with is not one of the two; see also EMANTeacher, which is created when training starts.
     """
 
     def __init__(
         self, momentum: Momentum = 0.999, evaluate_with: Literal["teacher", "student"] = "teacher", **options: Any
     ) -> None:
         if evaluate_with not in ("teacher", "student"):
-            raise ValueError(f"evaluate_with must be 'teacher' or 'student', and is {evaluate_with!r}")
+            raise ValueError(f"evaluate_with must be 'teacher' or 'student', got {evaluate_with!r}")
         self.evaluate_with = evaluate_with
         self.teacher: EMANTeacher | None = None
         self._options = {"momentum": momentum, "rounding": "stochastic"} | options
@@ -67,18 +72,18 @@ class EMANCallback(TrainerCallback):
     ) -> None:
         self.swap_back()
         model: nn.Module = others["model"]
-        self._stop(model)
+        self._stop_following(model)
         if self.teacher is None or not state.global_step:
             self.teacher = EMANTeacher(model, **self._options)
         if state.global_step:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            self._load([folder, args.resume_from_checkpoint], "begins at the resumed model")
+            self._load([folder, args.resume_from_checkpoint], "starts from the resumed model")
         self._handle = self.teacher.follow(others["optimizer"], model)
         if self.evaluate_with == "teacher":
-            # No event says that an evaluation begins, but it begins with model.eval().
+            # Trainer has no callback for the start of an evaluation, but it starts with model.eval().
             def train(mode: bool = True) -> nn.Module:
                 type(model).train(model, mode)
-                # An exchange calls it too, for models that keep what they have computed.
+                # The exchange itself calls train() on models with caches: ignore these calls.
                 if not self._exchanging:
                     self.swap_back() if mode else self._swap(model)
                 return model
@@ -100,35 +105,36 @@ class EMANCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         self.swap_back()
-        self._stop(others["model"])
+        self._stop_following(others["model"])
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self._load([state.best_model_checkpoint], "is that of the last step, and the model the best")
+            self._load([state.best_model_checkpoint], "is from the last step, the model from the best checkpoint")
 
     def swap_back(self) -> None:
-        """Give model and average their own values back, if an evaluation has raised."""
-        if self.teacher is not None and self.teacher._turn.exchange is not None:
-            self._exchange(self.teacher.swap_back)
+        """Restore the values of model and average after an evaluation that raised. Otherwise a no-op."""
+        if self.teacher is not None and self.teacher.is_swapped:
+            self._run_exchange(self.teacher.swap_back)
 
     def _swap(self, model: nn.Module) -> None:
-        if self.teacher._turn.exchange is None:
-            self._exchange(self.teacher.swap, model)
+        if not self.teacher.is_swapped:
+            self._run_exchange(self.teacher.swap, model)
 
-    def _exchange(self, exchange: Callable[..., None], *model: nn.Module) -> None:
+    def _run_exchange(self, exchange: Callable[..., None], *model: nn.Module) -> None:
         self._exchanging = True
         try:
             exchange(*model)
         finally:
             self._exchanging = False
 
-    def _stop(self, model: nn.Module) -> None:
+    def _stop_following(self, model: nn.Module) -> None:
         model.__dict__.pop("train", None)
         if self._handle is not None:
             self._handle.remove()
 
-    def _load(self, folders: list[Any], otherwise: str) -> None:
+    def _load(self, folders: list[Any], fallback: str) -> None:
+        """Load the first teacher file in these folders. If there is none, warn what the average is instead."""
         paths = [os.path.join(folder, FILE) for folder in folders if isinstance(folder, str)]
         path = next(filter(os.path.exists, paths), None)
         if path is None:
-            warnings.warn(f"the average {otherwise}: there is no {' and no '.join(paths)}", stacklevel=3)
+            warnings.warn(f"the average {fallback}: {' and '.join(paths)} not found", stacklevel=3)
         else:
             self.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

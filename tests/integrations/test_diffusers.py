@@ -1,4 +1,4 @@
-"""EMANModel in diffusers' and accelerate's own pieces, beside EMAModel."""
+"""EMANModel with diffusers' and accelerate's own components, compared with EMAModel."""
 
 import copy
 import re
@@ -25,7 +25,7 @@ def unet() -> nn.Module:
     )  # fmt: skip
 
 
-def test_the_example_runs_and_its_state_resumes(tmp_path):
+def test_example_runs_and_resumes_from_its_checkpoint(tmp_path):
     from accelerate import Accelerator
 
     (example,) = re.findall(r"```python\n(.*?)```", adapter.__doc__, re.S)
@@ -63,7 +63,7 @@ def test_the_example_runs_and_its_state_resumes(tmp_path):
         {"use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75, "foreach": True},
     ],
 )
-def test_the_numbers_are_diffusers_within_rounding(options):
+def test_averages_equal_emamodels_within_rounding(options):
     net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     net[1].bias.requires_grad_(False)
     ours, theirs = EMANModel(net.parameters(), **options), EMAModel(net.parameters(), **options)
@@ -86,7 +86,7 @@ def test_the_numbers_are_diffusers_within_rounding(options):
 def test_store_copy_to_and_restore():
     net = nn.Linear(3, 2)
     ema = EMANModel(net.parameters(), decay=0.5)
-    own = net.weight.detach().clone()
+    initial = net.weight.detach().clone()
     for _ in range(3):
         with torch.no_grad():
             net.weight += 1
@@ -98,13 +98,13 @@ def test_store_copy_to_and_restore():
     assert not torch.equal(net.weight, trained)
     ema.restore(net.parameters())
     assert torch.equal(net.weight, trained)
-    assert not torch.equal(own, trained)
+    assert not torch.equal(initial, trained)
 
 
-def test_what_does_not_fit_is_not_counted():
+def test_mismatched_parameters_raise_and_are_not_counted():
     net = nn.Linear(3, 2)
     ema = EMANModel(net.parameters())
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="1 student tensors"):
         ema.step([net.weight])
     with pytest.raises(TypeError, match=r"network.parameters\(\)"):
         ema.step(net)

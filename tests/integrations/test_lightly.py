@@ -1,4 +1,4 @@
-"""update_momentum with lightly's own modules, beside lightly's own."""
+"""update_momentum with lightly's modules, compared with lightly's own function."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("lightly", reason="lightly is not installed")
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what it says on import of its own
+    warnings.simplefilter("ignore")  # lightly's own warnings on import
     from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
     from lightly.models import utils
     from lightly.models.modules import (
@@ -32,10 +32,10 @@ def backbone():
     )
 
 
-class _Method(nn.Module):
+class Method(nn.Module):
     def __init__(self, head, *sizes, **options):
         super().__init__()
-        # Not by deepcopy, which DINO's head does not bear.
+        # DINO's head cannot be deep-copied.
         self.student, self.teacher = (nn.Sequential(backbone(), head(*sizes, **options)) for _ in range(2))
         self.teacher.load_state_dict(self.student.state_dict())
         utils.deactivate_requires_grad(self.teacher)
@@ -45,7 +45,7 @@ class _Method(nn.Module):
             return self.teacher(images)
 
 
-class MoCo(_Method):
+class MoCo(Method):
     def __init__(self):
         super().__init__(MoCoProjectionHead, 8, 16, 4)
         self.criterion = NTXentLoss(memory_bank_size=(16, 4))
@@ -54,7 +54,7 @@ class MoCo(_Method):
         return self.criterion(self.student(views[0]), self.keys(views[1]))
 
 
-class BYOL(_Method):
+class BYOL(Method):
     def __init__(self):
         super().__init__(BYOLProjectionHead, 8, 16, 4)
         self.predictor = BYOLPredictionHead(4, 16, 4)
@@ -64,7 +64,7 @@ class BYOL(_Method):
         return self.criterion(self.predictor(self.student(views[0])), self.keys(views[1]))
 
 
-class DINO(_Method):
+class DINO(Method):
     def __init__(self):
         super().__init__(DINOProjectionHead, 8, 16, 4, 32, batch_norm=True, freeze_last_layer=1)
         self.criterion = DINOLoss(output_dim=32)
@@ -73,52 +73,52 @@ class DINO(_Method):
         return self.criterion([self.keys(view) for view in views], [self.student(view) for view in views], epoch=0)
 
 
-def test_the_examples_run():
+def test_examples_run():
     names = {"backbone": backbone(), "torch": torch, "batches": torch.randn(3, 4, 3, 8, 8)}
     names["optimizer"] = torch.optim.SGD(names["backbone"].parameters(), lr=0.1)
     (example,) = examples(adapter.__doc__)
     exec(example, names)
     momentum = names["backbone_momentum"]
-    assert momentum[1].num_batches_tracked == 2, "the last update came before the third batch"
+    assert momentum[1].num_batches_tracked == 2, "the last update is before the third forward pass"
     exec(adapters_example("lightly"), names)
     assert momentum[1].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("method", [MoCo, BYOL, DINO])
+@pytest.mark.parametrize("method_class", [MoCo, BYOL, DINO])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-def test_the_weights_are_lightlys_and_the_statistics_follow_too(method):
-    made = method()
-    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
+def test_weights_equal_lightlys_and_statistics_are_averaged(method_class):
+    method = method_class()
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     for _ in range(4):
-        made.train()  # as Lightning does before an epoch: the teacher as well
-        theirs, student = method().teacher, made.student
-        theirs.load_state_dict(made.teacher.state_dict())
-        before = {name: tensor.clone() for name, tensor in made.teacher.state_dict().items()}
+        method.train()  # Lightning does this before each epoch, to the teacher too
+        theirs, student = method_class().teacher, method.student
+        theirs.load_state_dict(method.teacher.state_dict())
+        before = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items()}
         utils.update_momentum(student, theirs, m=MOMENTUM)
-        update_momentum(student, made.teacher, m=MOMENTUM)
-        assert not any(module.training for module in made.teacher.modules())
-        for our, their in zip(made.teacher.parameters(), theirs.parameters(), strict=True):
-            # m t + (1 - m) s of the loop, which rounds twice, and t + (1 - m)(s - t)
+        update_momentum(student, method.teacher, m=MOMENTUM)
+        assert not any(module.training for module in method.teacher.modules())
+        for our, their in zip(method.teacher.parameters(), theirs.parameters(), strict=True):
+            # lightly computes m t + (1 - m) s, which rounds twice; ours is t + (1 - m)(s - t)
             torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
         now = student.state_dict()
-        for name, tensor in made.teacher.state_dict().items():
+        for name, tensor in method.teacher.state_dict().items():
             if tensor.is_floating_point():
                 assert_same_bits(tensor, lerp(before[name], now[name], MOMENTUM), name)
             else:
                 assert torch.equal(tensor, now[name]), name
-        statistics = {name: tensor.clone() for name, tensor in made.teacher.state_dict().items() if "running" in name}
+        statistics = {name: tensor.clone() for name, tensor in method.teacher.state_dict().items() if "running" in name}
         assert statistics
         optimizer.zero_grad()
-        made.loss(torch.randn(2, 6, 3, 8, 8)).backward()
+        method.loss(torch.randn(2, 6, 3, 8, 8)).backward()
         optimizer.step()
         for name, tensor in statistics.items():
-            assert torch.equal(made.teacher.state_dict()[name], tensor), f"the teacher's own forward moved {name}"
+            assert torch.equal(method.teacher.state_dict()[name], tensor), f"the teacher's forward pass changed {name}"
     assert all(theirs.state_dict()[name].ne(tensor).any() for name, tensor in statistics.items()), (
-        "lightly's leaves the statistics behind: the reason for this adapter"
+        "lightly's function does not update the statistics, which is why this adapter exists"
     )
 
 
-def test_options_are_those_of_eman_update():
+def test_options_reach_eman_update():
     student, teacher = backbone(), backbone()
     before = teacher[0].weight.detach().clone()
     update_momentum(student, teacher, 0.5, found_inf=torch.ones(1))

@@ -1,4 +1,4 @@
-"""EMANWeightAveraging in Lightning's own Trainer, beside EMAWeightAveraging."""
+"""EMANWeightAveraging in Lightning's Trainer, compared with EMAWeightAveraging."""
 
 import re
 
@@ -57,7 +57,7 @@ def fit(callback: lightning.Callback, module: Module, folder: object, path: str 
     return trainer
 
 
-def test_the_example_runs(tmp_path):
+def test_example_runs(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", adapter.__doc__, re.S)
     options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "default_root_dir": tmp_path}
     names = {"model": Module(), "batches": batches(), "options": options | {"enable_progress_bar": False}}
@@ -67,35 +67,36 @@ def test_the_example_runs(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_it_follows_real_steps_as_a_teacher_does_and_lightnings_own(accumulate, tmp_path):
+def test_average_equals_a_teachers_and_lightnings(accumulate, tmp_path):
     expected, seen = [], []
 
-    class Beside(lightning.Callback):
+    class Recorder(lightning.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if not expected:
-                expected.append(EMANTeacher(begin, schedules.CopyFirst(0.9)))
+                expected.append(EMANTeacher(initial, schedules.CopyFirst(0.9)))
             if trainer.global_step > len(seen):
                 seen.append(trainer.global_step)
                 expected[0].update(module.net)
 
     module = Module()
-    begin = Module().net
+    initial = Module().net
     callback = EMANWeightAveraging(momentum=0.9)
-    fit([callback, Beside()], module, tmp_path, accumulate_grad_batches=accumulate)
+    fit([callback, Recorder()], module, tmp_path, accumulate_grad_batches=accumulate)
     assert callback._average_model.step == len(seen) == {1: 8, 3: 3}[accumulate]
     for name, tensor in expected[0].module.state_dict().items():
         assert_same_bits(callback._average_model.module.net.state_dict()[name], tensor, name)
-        assert_same_bits(module.net.state_dict()[name], tensor, name)  # at the end the model is the average
-    own = EMAWeightAveraging(decay=0.9)
-    fit(own, Module(), tmp_path, accumulate_grad_batches=accumulate)
-    theirs = own._average_model.module.net.state_dict()
+        # Lightning copies the average to the model at the end.
+        assert_same_bits(module.net.state_dict()[name], tensor, name)
+    lightnings = EMAWeightAveraging(decay=0.9)
+    fit(lightnings, Module(), tmp_path, accumulate_grad_batches=accumulate)
+    theirs = lightnings._average_model.module.net.state_dict()
     for name, tensor in callback._average_model.module.net.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
     assert callback._average_model.module.net[1].num_batches_tracked == 8
 
 
-def test_every_and_start_are_lightnings(tmp_path):
+def test_update_steps_equal_lightnings(tmp_path):
     ours = EMANWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
     theirs = EMAWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
     assert (
@@ -105,20 +106,20 @@ def test_every_and_start_are_lightnings(tmp_path):
     assert ours._average_model.step == 2
 
 
-def test_validation_is_of_the_average_and_one_that_raises_leaves_nothing_exchanged(tmp_path):
+def test_validation_uses_the_average_and_restores_the_model_if_it_raises(tmp_path):
     module, callback = Module(), EMANWeightAveraging(update_starting_at_step=100)
-    begin = module.net[0].weight.detach().clone()
+    initial = module.net[0].weight.detach().clone()
     fit(callback, module, tmp_path)
-    assert_same_bits(module.validated[0], begin)
+    assert_same_bits(module.validated[0], initial)
     module, callback = Module(fails=True), EMANWeightAveraging(update_starting_at_step=100)
     with pytest.raises(ArithmeticError):
         fit(callback, module, tmp_path)
-    assert_same_bits(callback._average_model.module.net[0].weight, begin)
-    assert not torch.equal(module.net[0].weight, begin)
+    assert_same_bits(callback._average_model.module.net[0].weight, initial)
+    assert not torch.equal(module.net[0].weight, initial)
 
 
-@pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0)], ids=["resume", "to Lightning's", "from Lightning's"])
-def test_checkpoints_go_both_ways(kinds, tmp_path):
+@pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0)], ids=["resume", "to Lightning", "from Lightning"])
+def test_checkpoints_are_interchangeable_with_lightnings(kinds, tmp_path):
     make = [lambda: EMANWeightAveraging(momentum=0.9), lambda: EMAWeightAveraging(decay=0.9)]
     callback = make[kinds[0]]()
     trainer = fit(callback, Module(), tmp_path)
@@ -132,9 +133,9 @@ def test_checkpoints_go_both_ways(kinds, tmp_path):
     plain.load_state_dict(saved["state_dict"])
     assert not torch.equal(saved["current_model_state"]["net.0.weight"], saved["state_dict"]["net.0.weight"])
     if kinds == (0, 0):
-        whole = make[0]()
-        fit(whole, Module(), tmp_path, max_epochs=2)
-        for name, tensor in whole._average_model.state_dict().items():
+        uninterrupted = make[0]()
+        fit(uninterrupted, Module(), tmp_path, max_epochs=2)
+        for name, tensor in uninterrupted._average_model.state_dict().items():
             assert_same_bits(resumed._average_model.state_dict()[name], tensor, name)
 
 
@@ -142,31 +143,31 @@ def test_checkpoints_go_both_ways(kinds, tmp_path):
 def test_bfloat16(precision, tmp_path):
     first = []
 
-    class Beside(lightning.Callback):
+    class Recorder(lightning.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             first.append(module.net[0].weight.detach().clone())
 
     callback = EMANWeightAveraging(momentum=0.99)
-    fit([callback, Beside()], Module(), tmp_path, precision=precision)
+    fit([callback, Recorder()], Module(), tmp_path, precision=precision)
     average = callback._average_model.module.net[0].weight
     assert average.dtype == first[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
     assert not torch.equal(average, first[0])
 
 
-@pytest.mark.parametrize(("given", "there"), [(None, "meta"), ("cpu", "cpu")])
-def test_the_average_goes_where_the_model_has_gone_since(given, there):
+@pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
+def test_average_moves_to_the_models_device(device, expected):
     """Lightning moves the model after setup() and before on_fit_start()."""
-    module, callback = Module(), EMANWeightAveraging(device=given)
+    module, callback = Module(), EMANWeightAveraging(device=device)
     callback.setup(trainer := lightning.Trainer(accelerator="cpu", logger=False), module, "fit")
     callback.on_fit_start(trainer, module.to("meta"))
-    assert {tensor.device.type for tensor in callback._average_model.module.state_dict().values()} == {there}
+    assert {tensor.device.type for tensor in callback._average_model.module.state_dict().values()} == {expected}
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
+def test_steps_skipped_by_the_scaler_on_a_gpu(tmp_path):
     expected, found = [], []
 
-    class Beside(lightning.Callback):
+    class Recorder(lightning.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             found.append(not all(p.grad.isfinite().all() for p in module.parameters()))
 
@@ -176,7 +177,7 @@ def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
 
     module, callback = Module(), EMANWeightAveraging(momentum=0.9)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-30)
-    fit([Beside(), callback], module, tmp_path, accelerator="gpu", devices=1,
+    fit([Recorder(), callback], module, tmp_path, accelerator="gpu", devices=1,
         plugins=[MixedPrecision("16-mixed", "cuda", scaler=scaler)])  # fmt: skip
     assert found == [True] + 7 * [False]
     assert callback._average_model.step == 7
@@ -189,13 +190,15 @@ def test_on_a_gpu_and_a_scaler_that_skips(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path, fused):
-    """16-mixed, with torch's GradScaler on the CPU: gradients that overflow at its first scale, and no more at 1024.
-    A fused optimizer makes each step, and skips it itself."""
+def test_steps_skipped_by_the_scaler_are_not_averaged(tmp_path, fused):
+    """16-mixed with torch's GradScaler on the CPU. Gradients overflow at the first scale, but not at the next, 1024.
+
+    With a fused optimizer every step() is called, and the optimizer itself skips the update.
+    """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
     expected, skipped = [], []
 
-    class Beside(lightning.Callback):
+    class Recorder(lightning.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             skipped.append(not all(p.grad.isfinite().all() for p in module.parameters()))
 
@@ -205,7 +208,7 @@ def test_a_step_that_the_scaler_skips_is_not_averaged(tmp_path, fused):
 
     module, callback = Module(fused=fused), EMANWeightAveraging(momentum=0.9)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    fit([Beside(), callback], module, tmp_path, plugins=[plugin])
+    fit([Recorder(), callback], module, tmp_path, plugins=[plugin])
     assert skipped == [True] + 7 * [False]
     assert callback._average_model.step == 7
     average = expected[0]

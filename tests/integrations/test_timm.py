@@ -1,4 +1,4 @@
-"""ModelEman in timm's own training pieces, beside ModelEmaV3."""
+"""ModelEman with timm's own training components, compared with ModelEmaV3."""
 
 import copy
 import inspect
@@ -38,7 +38,7 @@ def assert_same_networks(ours, theirs):
         assert_same_bits(tensor, theirs[name], name)
 
 
-def test_the_examples_run(tmp_path):
+def test_examples_run(tmp_path):
     model = timm.create_model("test_resnet", num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     names = {"model": model, "optimizer": optimizer, "num_updates": 5}
@@ -62,7 +62,7 @@ def test_the_examples_run(tmp_path):
     ],
 )
 @pytest.mark.parametrize("with_step", [True, False])
-def test_the_averages_are_modelemav3s_to_the_bit(options, with_step):
+def test_averages_equal_modelemav3s_bit_for_bit(options, with_step):
     model = net()
     ours, theirs = ModelEman(model, **options), ModelEmaV3(model, **options)
     for step in range(1, 11):
@@ -77,10 +77,10 @@ def test_the_averages_are_modelemav3s_to_the_bit(options, with_step):
         average.set(model)
     assert_same_networks(ours.module, model)
     assert_same_networks(theirs.module, model)
-    assert ours.step == 10, "set() is no update"
+    assert ours.step == 10, "set() must not count as an update"
 
 
-def test_exclude_buffers_is_buffers_copy():
+def test_buffers_copy_equals_exclude_buffers():
     model = net()
     ours, theirs = ModelEman(model, 0.9, buffers="copy"), ModelEmaV3(model, 0.9, exclude_buffers=True)
     for step in range(1, 5):
@@ -90,8 +90,8 @@ def test_exclude_buffers_is_buffers_copy():
     assert_same_networks(ours.module, theirs.module)
 
 
-def test_what_v3_does_wrong_it_does_right():
-    """V3 averages tied weights twice a step, and never a buffer that is not persistent."""
+def test_tied_weights_and_non_persistent_buffers():
+    """V3 averages tied weights twice per step, and never updates non-persistent buffers."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     model.register_buffer("mean", torch.zeros(4), persistent=False)
@@ -108,7 +108,7 @@ def test_what_v3_does_wrong_it_does_right():
     assert not theirs.module.mean.any()
 
 
-def test_a_bfloat16_average_moves_in_the_mean_as_v3s_does():
+def test_bfloat16_average_is_unbiased_like_v3s():
     model = nn.Linear(200, 200, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
     averages = [ModelEman(model, 0.9999)]
@@ -124,8 +124,8 @@ def test_a_bfloat16_average_moves_in_the_mean_as_v3s_does():
         assert values.mean().item() == pytest.approx(expected, abs=5 * values.std().item() / 200)
 
 
-def test_a_run_resumed_from_timms_files_goes_on_to_the_bit(tmp_path):
-    """timm writes the plain network and no step: it comes in by step=."""
+def test_resuming_from_timms_checkpoints_is_bit_exact(tmp_path):
+    """timm stores the plain network without the step, which update(step=...) supplies."""
     options = {"decay": 0.99, "use_warmup": True, "update_after_step": 2}
     model = timm.create_model("test_resnet", num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -145,17 +145,17 @@ def test_a_run_resumed_from_timms_files_goes_on_to_the_bit(tmp_path):
 
     path = str(tmp_path / "last.pth.tar")
     resumed = timm.create_model("test_resnet", num_classes=10)
-    its_optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
-    its_ema = ModelEman(resumed, **options)
-    assert timm.models.resume_checkpoint(resumed, path, its_optimizer, log_info=False) == 1
-    timm.models.load_checkpoint(its_ema.module, path, use_ema=True)
+    resumed_optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)
+    resumed_ema = ModelEman(resumed, **options)
+    assert timm.models.resume_checkpoint(resumed, path, resumed_optimizer, log_info=False) == 1
+    timm.models.load_checkpoint(resumed_ema.module, path, use_ema=True)
     for number in range(6, 9):
         step(number, model, optimizer, model_ema, v3)
-        step(number, resumed, its_optimizer, its_ema)
+        step(number, resumed, resumed_optimizer, resumed_ema)
     assert_same_networks(resumed, model)
-    assert_same_networks(its_ema.module, model_ema.module)
-    assert_same_networks(its_ema.module, v3.module)
-    assert its_ema.step == 8
+    assert_same_networks(resumed_ema.module, model_ema.module)
+    assert_same_networks(resumed_ema.module, v3.module)
+    assert resumed_ema.step == 8
 
 
 def test_in_timms_tasks():
@@ -172,20 +172,20 @@ def test_in_timms_tasks():
     assert task.get_eval_model(ema=True).step == 2
 
 
-def test_the_average_stays_in_eval_mode_and_its_state_dict_resumes_as_a_teachers():
+def test_average_stays_in_eval_mode_and_resumes_from_its_state_dict():
     model = net()
     model_ema = ModelEman(model)
     assert isinstance(model_ema, EMANTeacher)
     assert not model_ema.train().module[1].training
     model_ema.update(model, step=40)
-    again = ModelEman(model)
-    again.load_state_dict(ModelEmaV3(model).state_dict())  # which has no step
-    assert again.step == 0
-    again.load_state_dict(model_ema.state_dict())
-    assert again.step == 40
+    resumed = ModelEman(model)
+    resumed.load_state_dict(ModelEmaV3(model).state_dict())  # V3's state has no step
+    assert resumed.step == 0
+    resumed.load_state_dict(model_ema.state_dict())
+    assert resumed.step == 40
 
 
-def _train_in_processes(rank, folder):
+def _train_in_one_process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(rank)
@@ -205,12 +205,12 @@ def _train_in_processes(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-def test_with_a_seed_of_each_process_the_averages_are_the_same_in_all_of_them(tmp_path):
-    """DDP gives every process the first one's weights; an average made before it follows from its own."""
+@pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
+def test_averages_are_equal_in_all_processes(tmp_path):
+    """Each process creates its average from its own initial weights, before DDP broadcasts the first process's."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_train_in_processes, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)
+        context.Process(target=_train_in_one_process, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)
     ]
     for process in processes:
         process.start()
@@ -221,5 +221,5 @@ def test_with_a_seed_of_each_process_the_averages_are_the_same_in_all_of_them(tm
     for name in first["steps"]:
         assert_same_bits(first["steps"][name], second["steps"][name], name)
         assert_same_bits(first["steps"][name], first["v3"][name], name)
-    apart = first["no steps"]["0.weight"] - second["no steps"]["0.weight"]
-    assert apart.abs().max() > 0.1, "without a copy they are apart: the reason for step="
+    difference = first["no steps"]["0.weight"] - second["no steps"]["0.weight"]
+    assert difference.abs().max() > 0.1, "without step= no update copies, and the averages differ"

@@ -1,0 +1,1 @@
+"""Networks and tensors: what they hold, which teacher tensor follows which student tensor, and by which rule."""

@@ -1,0 +1,70 @@
+"""Where the elements of a tensor are stored: in plain memory, or as one shard of several.
+
+Classes of torch.distributed are looked up in sys.modules only: if nobody has imported them, no tensor is an instance.
+"""
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's address and strides say where its elements are. Subclasses may not expose their memory."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def effective_strides(tensor: Tensor) -> list[int]:
+    """The strides without those of dimensions of size 1, which may have any value."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def extent(tensor: Tensor) -> int:
+    """The number of elements from the first to the last one in memory, gaps included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def memory_key(tensor: Tensor) -> object:
+    """Equal for tensors that are the same view of the same memory."""
+    if not is_plain(tensor) or not tensor.numel():
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def imported_class(module: str, name: str) -> type | tuple[()]:
+    """A class for isinstance(); empty, so that nothing is an instance, if its module has not been imported."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def dtensor_class() -> type | tuple[()]:
+    """DTensor, for isinstance()."""
+    return imported_class("torch.distributed.tensor", "DTensor")
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, of which this process holds a shard."""
+    return isinstance(tensor, dtensor_class())
+
+
+def local_shards(dtensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shard of each DTensor. to_local() would create a new tensor in each call."""
+    return [tensor._local_tensor for tensor in dtensors]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor itself."""
+    return tensor._local_tensor if is_distributed(tensor) else tensor
+
+
+def placed_like(tensor: Tensor, shard: Tensor) -> Tensor:
+    """A DTensor of this shard with the placements of the tensor; the shard itself if the tensor is not a DTensor."""
+    if not is_distributed(tensor):
+        return shard
+    placement = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    return type(tensor).from_local(shard, tensor.device_mesh, tensor.placements, **placement)
+
+
+def sharding_spec(dtensor: Tensor) -> object:
+    """The mesh, placements, shape, strides and dtype of a DTensor, for comparison."""
+    return dtensor._spec

@@ -1,0 +1,24 @@
+"""The update of teachers: eager, or in a graph that is being traced."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import step
+from .state import TeacherState
+
+
+def update_teachers(
+    networks: Sequence[nn.Module],
+    states: Sequence[TeacherState],
+    student: nn.Module | None,
+    momentum: float | Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Let the teachers' networks follow the student by one step. momentum: for this step, instead of their own."""
+    if torch.compiler.is_compiling():
+        from . import traced
+
+        return traced.trace_teachers(networks, states, student, momentum, found_inf)
+    step.step_teachers(networks, states, student, momentum, found_inf)

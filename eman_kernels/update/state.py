@@ -1,0 +1,158 @@
+"""The state of a teacher besides its network: what updates, swaps and loading read and write."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from ..networks.names import iterate_names
+from ..options import Options
+from .locks import TeacherLock
+from .low_precision import LowPrecisionCopy
+
+Momentum = float | Tensor | Callable[[Any], float | Tensor]
+
+Value = TypeVar("Value")
+
+
+class StudentReference:
+    """A weak reference to a student. A class of its own, because a graph of torch.compile that assigns a weakref to an
+    attribute stores the object that it refers to instead."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self._reference = ref(student)
+
+    def __call__(self) -> nn.Module | None:
+        return self._reference()
+
+
+class TeacherState:
+    """momentum, options, seed, cast and capturable are those of EMANTeacher; the rest changes with the updates."""
+
+    def __init__(
+        self, momentum: Momentum, options: Options, seed: int, cast: torch.dtype | None, capturable: bool
+    ) -> None:
+        self.momentum = momentum
+        self.options = options
+        self.seed = seed
+        self.cast = cast
+        self.capturable = capturable
+        self.step: int | Tensor = 0  # the number of updates made
+        self.skipped: Tensor | None = None  # how many elements of the student nonfinite="skip" has skipped
+        self.low_precision: LowPrecisionCopy | None = None
+        self.student: StudentReference | None = None  # that of the last update
+        self.lock = TeacherLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled. A copied teacher has not seen the student, and makes its own copies.
+        return self.__dict__ | {"student": None, "low_precision": None}
+
+    def shared_options(self) -> dict[str, object]:
+        """What must be equal for teachers that are updated in one pass."""
+        options = {name: getattr(self.options, name) for name in self.options.__dataclass_fields__}
+        return options | {"seed": self.seed, "cast": self.cast, "capturable": self.capturable}
+
+    def find_student(self, student: nn.Module | None) -> nn.Module:
+        """The given student, or that of the last update. Raises RuntimeError if there is neither."""
+        if student is None and self.student is not None:
+            student = self.student()
+        if student is None:
+            raise RuntimeError("no student has been seen yet (or it has been freed): call update(student)")
+        return student
+
+    def refresh_low_precision(self, network: nn.Module) -> LowPrecisionCopy:
+        """The low-precision copy of this network, up to date."""
+        if self.low_precision is None or self.low_precision.dtype != self.cast:
+            self.low_precision = LowPrecisionCopy(self.cast)
+        self.low_precision.follow(network)
+        return self.low_precision
+
+    def set_step(self, step: int) -> None:
+        """Raises ValueError unless it is a whole number from 0."""
+        if int(step) != step or step < 0:
+            raise ValueError(f"the step is the number of updates made, a whole number from 0, but got {step}")
+        if isinstance(self.step, Tensor):
+            self.step.fill_(step)  # in place, because a captured graph reads it
+        else:
+            self.step = int(step)
+
+    def count_step(self, found_inf: Tensor | None) -> None:
+        """Count an update, unless found_inf says that it was skipped."""
+        if isinstance(self.step, Tensor):
+            self.step += 1 if found_inf is None else (found_inf == 0).to(self.step.device)
+        elif found_inf is None or not found_inf:
+            self.step += 1
+
+    def known_step(self) -> int | Tensor:
+        """The step as a number where the host has it. A compiled graph has put it into a tensor in CPU memory."""
+        step = self.step
+        return int(step) if isinstance(step, Tensor) and step.device.type == "cpu" and not self.capturable else step
+
+    def current_momentum(self) -> float | Tensor:
+        """The momentum of the next update."""
+        if not callable(self.momentum):
+            return self.momentum
+        step = self.known_step()
+        # In float64, because 1 - momentum would lose three digits in float32.
+        return self.momentum(step.double() if isinstance(step, Tensor) else step)
+
+    def prepare_counters(self, network: nn.Module, found_inf_on_device: bool) -> None:
+        """Move the step, and the counter of skipped elements, to where the kernels read and write them."""
+        on_device, counts = self.capturable or found_inf_on_device, self.options.nonfinite == "skip"
+        by_step = callable(self.momentum) or self.options.rounding == "stochastic"
+        if not (on_device or counts or by_step):
+            return
+        first = next(iterate_names(network), None)
+        device = torch.device("cpu") if first is None else first[1].device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and not self.capturable and by_step:
+            raise RuntimeError(
+                "a captured graph would replay the momentum and random bits of this step: EMANTeacher(capturable=True) "
+                "stores the step on the device, where each replay increments it"
+            )
+        step = counter_on_device(self.step, device) if on_device else self.step
+        skipped = counter_on_device(0 if self.skipped is None else self.skipped, device) if counts else None
+        if capturing and (step is not self.step or skipped is not self.skipped):
+            raise RuntimeError("call update() once, with the same arguments, before the capture: it allocates memory")
+        self.step, self.skipped = step, skipped
+
+
+class StateAttribute(Generic[Value]):
+    """An attribute of a teacher that is stored in its state, which updates read without the module."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, teacher: Any, owner: type | None = None) -> Value:
+        return self if teacher is None else getattr(teacher.state, self._name)
+
+    def __set__(self, teacher: Any, value: Value) -> None:
+        setattr(teacher.state, self._name, value)
+
+
+class OptionAttribute(Generic[Value]):
+    """One of a teacher's options. Assigning it replaces ``teacher.options``, so that it is checked."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, teacher: Any, owner: type | None = None) -> Value:
+        return self if teacher is None else getattr(teacher.options, self._name)
+
+    def __set__(self, teacher: Any, value: Value) -> None:
+        teacher.options = replace(teacher.options, **{self._name: value})
+
+
+def counter_on_device(number: int | Tensor, device: torch.device) -> Tensor:
+    """The number as an int64 tensor on this device; a tensor that is there already is returned as it is.
+
+    A number is written by the device: a copy from the host would synchronize.
+    """
+    # In inference mode the new tensor could not be written after it has ended.
+    with torch.inference_mode(False):
+        if isinstance(number, Tensor):
+            return number.to(device)
+        return torch.full((), number, dtype=torch.int64, device=device)

@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .options import Nonfinite, Rounding, Rule, SyncBuffers, check_seed, make_options
+from .options import Nonfinite, Rounding, Rule, SyncBuffers, make_options
 from .plan.cache import last_plan
 from .plan.plan import Plan
-from .update.arguments import check_step_given, make_arguments
+from .update.arguments import check_step, make_arguments
 from .update.eager import list_tensors, update_lists, update_networks
 from .update.locks import TeacherLock
 from .update.swapping import Exchange, Swapped
@@ -71,22 +71,15 @@ def eman_update_(
     >>> teacher.running_mean, teacher.num_batches_tracked
     (tensor([0.2500, 0.2500]), tensor(7))
     """
-    chosen = {
-        "buffers": buffers,
-        "backend": backend,
-        "rounding": rounding,
-        "nonfinite": nonfinite,
-        "sync_buffers": sync_buffers,
-    }
-    given = {"found_inf": found_inf, "seed": seed, "step": step, "skipped": skipped}
     if torch.compiler.is_compiling():
         from .update import traced
 
-        return traced.trace_networks(teacher, student, momentum, traced.trace_options(rules, **chosen), **given)
-    options = make_options(rules, **chosen)
-    check_seed(seed)
-    check_step_given(options, step)
-    update_networks([teacher], student, make_arguments([momentum], **given), options)
+        options = traced.trace_options(rules, buffers, backend, rounding, nonfinite, sync_buffers)
+        given = {"found_inf": found_inf, "seed": seed, "step": step, "skipped": skipped}
+        return traced.trace_networks(teacher, student, momentum, options, **given)
+    options = make_options(rules, buffers, backend, rounding, nonfinite, sync_buffers)
+    check_step(rounding, step)
+    update_networks([teacher], student, make_arguments([momentum], found_inf, seed, step, skipped), options)
 
 
 def ema_update_(
@@ -117,17 +110,15 @@ def ema_update_(
     >>> teacher
     tensor([0.2500, 0.2500])
     """
-    chosen = {"backend": backend, "rounding": rounding, "nonfinite": nonfinite}
-    given = {"found_inf": found_inf, "seed": seed, "step": step, "skipped": skipped}
     if torch.compiler.is_compiling():
         from .update import traced
 
-        options = traced.trace_options(None, **chosen)
+        options = traced.trace_options(None, "ema", backend, rounding, nonfinite)
+        given = {"found_inf": found_inf, "seed": seed, "step": step, "skipped": skipped}
         return traced.trace_lists(teacher_tensors, student_tensors, momentum, options, **given)
-    options = make_options(**chosen)
-    check_seed(seed)
-    check_step_given(options, step)
-    arguments = make_arguments([momentum], **given)
+    options = make_options(None, "ema", backend, rounding, nonfinite)
+    check_step(rounding, step)
+    arguments = make_arguments([momentum], found_inf, seed, step, skipped)
     teachers = list_tensors("teacher_tensors", teacher_tensors)
     students = list_tensors("student_tensors", student_tensors)
     update_lists(teachers, students, arguments, options)

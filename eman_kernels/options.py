@@ -1,6 +1,7 @@
 """The options of an update: checked once, immutable, and the key under which its plan is cached."""
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, TypedDict, get_args
@@ -27,8 +28,8 @@ class Options:
         buffers: the rule of buffers that no pattern matches. "ema" (EMAN, default) averages floating-point buffers and
             copies integer and bool buffers, and also buffers for which an average is meaningless: the vectors of
             spectral norm, pruning masks, the ranges of quantization observers.
-        backend: one of ``available_backends()``. Default: the EMAN_KERNELS_BACKEND environment variable, otherwise the
-            fastest backend for the device.
+        backend: one of ``available_backends()``. Default: the EMAN_KERNELS_BACKEND environment variable, which is read
+            when a teacher is created or a function is called, otherwise the fastest backend for the device.
         rounding: how results are rounded to bfloat16 and float16 teachers: "nearest" (default), or "stochastic", up or
             down at random such that the expected value is the exact average. Rounded to nearest, such a teacher barely
             moves at high momentum, because each step is below half an ulp. Stochastic rounding depends only on the seed
@@ -92,21 +93,32 @@ TENSOR_OPTIONS = tuple(field.name for field in fields(Options) if field.name not
 _cached = lru_cache(Options)  # bounded
 
 
-def make_options(rules: Mapping[str, Rule] | Iterable[tuple[str, Rule]] | None = None, **others: Any) -> Options:
-    """The options; equal ones are one object, so that a cached plan is found by identity."""
-    if isinstance(rules, Mapping):
-        rules = rules.items()
-    rules = tuple(rules or ())
+def make_options(
+    rules: Mapping[str, Rule] | None = None,
+    buffers: Rule = "ema",
+    backend: str | None = None,
+    rounding: Rounding = "nearest",
+    nonfinite: Nonfinite = "propagate",
+    sync_buffers: SyncBuffers = "none",
+) -> Options:
+    """The options, with the backend of the environment variable if none is given.
+
+    Equal options are one object, so that a cached plan is found by identity. Raises ValueError as Options does, or if
+    the environment variable names an unknown backend.
+    """
+    backend = backend or _backend_from_environment()
+    items = tuple(rules.items()) if rules else ()
     try:
-        return _cached(rules, **others)
+        return _cached(items, buffers, backend, rounding, nonfinite, sync_buffers)
     except TypeError:  # a value that cannot be hashed is not a known one: the check names it
-        return Options(rules, **others)
+        return Options(items, buffers, backend, rounding, nonfinite, sync_buffers)
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless the seed of stochastic rounding is in [0, 2^32)."""
-    if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed must be in [0, 2^32), but is {seed}")
+def _backend_from_environment() -> str | None:
+    backend = os.environ.get("EMAN_KERNELS_BACKEND") or None
+    if backend and backend not in get_args(BackendName):
+        raise ValueError(f"unknown EMAN_KERNELS_BACKEND={backend!r}: {_one_of(BackendName)}")
+    return backend
 
 
 def _one_of(names: Any) -> str:

@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
-from .backends import requested
-from .options import Nonfinite, Options, Rounding, Rule, SyncBuffers, TeacherOptions, check_seed, make_options
+from .options import Nonfinite, Options, Rounding, Rule, SyncBuffers, TeacherOptions, make_options
 from .plan.chunks import MAX_TEACHERS
-from .update.arguments import check_momentum
+from .update.arguments import check_momentum, check_seed
 from .update.copying import adopt_module, convert_dtype, copy_student
 from .update.dispatch import update_teachers
 from .update.following import follow_optimizer
@@ -78,7 +77,7 @@ class EMANTeacher(nn.Module):
     """
 
     momentum = StateAttribute[Momentum]()
-    seed = StateAttribute[int]()
+    seed = StateAttribute[int](check_seed)
     cast = StateAttribute[torch.dtype | None]()
     capturable = StateAttribute[bool]()
     skipped = StateAttribute[Tensor | None]()
@@ -116,7 +115,6 @@ class EMANTeacher(nn.Module):
             nonfinite=nonfinite,
             sync_buffers=sync_buffers,
         )
-        requested(backend)  # raises if the environment variable names an unknown backend
         check_seed(seed)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, but is {dtype}")
@@ -140,7 +138,7 @@ class EMANTeacher(nn.Module):
 
     @rules.setter
     def rules(self, rules: Mapping[str, Rule] | None) -> None:
-        self.options = replace(self.options, rules=tuple((rules or {}).items()))
+        self.options = replace(self.options, rules=rules or {})
 
     @property
     def step(self) -> int:
@@ -332,7 +330,8 @@ class EMANTeacher(nn.Module):
         return f"momentum={self.momentum}, step={self.step}, buffers={self.buffer_rule!r}{rules}"
 
     def _make_exchange(self, student: nn.Module | None) -> Exchange:
-        return Exchange(self.module, self.state.find_student(student), self.options, self.state.lock)
+        student = self.state.find_student() if student is None else student
+        return Exchange(self.module, student, self.options, self.state.lock)
 
 
 class EMANTeachers(nn.Module):

@@ -405,6 +405,9 @@ def test_threads_take_turns():
                 if says not in str(error):
                     wrong.append(error)
                 stop.wait(0.001)  # lets the others run
+            except BaseException as error:
+                wrong.append(error)
+                stop.set()
             if refused[0] >= 20 and teacher.step >= 10:
                 stop.set()
 

@@ -1,7 +1,5 @@
 """The backends, and which one updates which tensors. interface.py defines what a backend provides."""
 
-import os
-
 import torch
 
 from . import cpu, cuda, foreach, reference, triton
@@ -12,24 +10,12 @@ _ALL: tuple[Backend, ...] = (cuda, cpu, triton, foreach, reference)
 BACKENDS = {backend.NAME: backend for backend in _ALL}
 
 
-def requested(argument: str | None) -> str | None:
-    """The backend requested by the argument, or else by EMAN_KERNELS_BACKEND; None for "auto", the fastest available.
-
-    Raises ValueError for an unknown name.
-    """
-    name = argument or os.environ.get("EMAN_KERNELS_BACKEND")
-    if name in (None, "", "auto"):
-        return None
-    if name not in BACKENDS:
-        where = "backend" if argument else "EMAN_KERNELS_BACKEND"
-        raise ValueError(f"{where}={name!r} is none of auto, {', '.join(BACKENDS)}")
-    return name
-
-
 def choose(device: torch.device, name: str | None) -> Backend:
-    """The backend of this name, or without a name the first available one. Raises RuntimeError if the named one is not
-    available."""
-    if name is None:
+    """The backend of this name; for None and "auto" the first available one.
+
+    Raises RuntimeError if the named one is not available.
+    """
+    if name in (None, "auto"):
         return next(backend for backend in BACKENDS.values() if backend.unavailable(device.type) is None)
     if reason := BACKENDS[name].unavailable(device.type):
         raise RuntimeError(f"backend {name!r} cannot update tensors on {device}: {reason}. Nothing was written.")

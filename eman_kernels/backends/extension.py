@@ -25,9 +25,8 @@ except ImportError as error:
 
 def pack_arguments(work: Work, arguments: Arguments) -> Any:
     """The arguments as the kernels take them, with addresses in the place of tensors."""
-    assert work.table is not None
-    table, momenta = work.table.data_ptr(), arguments.momenta
-    if isinstance(momenta, list):
+    table, momenta = work.table.data_ptr(), arguments.momenta  # type: ignore[union-attr]
+    if type(momenta) is list:
         packed = C.Arguments(table, momenta[0])
         if len(momenta) > 1:
             packed.set_momenta(momenta)

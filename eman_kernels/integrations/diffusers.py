@@ -25,7 +25,7 @@ from importlib.util import find_spec
 
 from torch import nn
 
-from ..options import Options
+from ..options import make_options
 from ..update.arguments import make_arguments
 from ..update.eager import update_lists
 
@@ -64,7 +64,7 @@ class EMANModel(training_utils.EMAModel):
             return super().step(parameters)
         decay = self.get_decay(self.optimization_step + 1)
         frozen = [not parameter.requires_grad for parameter in parameters]
-        update_lists(self.shadow_params, parameters, make_arguments([decay]), Options(), frozen)
+        update_lists(self.shadow_params, parameters, make_arguments([decay]), make_options(), frozen)
         self.optimization_step += 1
         self.cur_decay_value = decay
 

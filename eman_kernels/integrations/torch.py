@@ -22,8 +22,8 @@ from functools import partial
 from torch import Tensor
 
 from ..functional import ema_update_
-from ..options import Nonfinite, Rounding, check_seed, make_options
-from ..update.arguments import check_momentum
+from ..options import Nonfinite, Rounding, make_options
+from ..update.arguments import check_momentum, check_seed
 from ..update.state import Momentum
 
 

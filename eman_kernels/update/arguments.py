@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..backends.interface import Arguments
 from ..networks.tensors import is_distributed, is_plain
-from ..options import Options
 
 
 def make_arguments(
@@ -20,9 +19,11 @@ def make_arguments(
 ) -> Arguments:
     """momenta: one per teacher.
 
-    Raises TypeError or ValueError if a momentum is not a number in [0, 1] or a 0-d float tensor, or if another tensor
-    has the wrong shape or dtype.
+    Raises TypeError or ValueError if a momentum is not a number in [0, 1] or a 0-d float tensor, if the seed is not in
+    [0, 2^32), or if another tensor has the wrong shape or dtype.
     """
+    if seed:
+        check_seed(seed)
     momenta = [check_momentum(momentum) for momentum in momenta]
     for momentum in momenta:
         if type(momentum) is not float:
@@ -39,13 +40,19 @@ def make_arguments(
     return Arguments(momenta, found_inf, seed, step, skipped)
 
 
-def check_step_given(options: Options, step: object) -> None:
+def check_step(rounding: str, step: object) -> None:
     """Raises ValueError if stochastic rounding lacks the number of the update."""
-    if step is None and options.rounding == "stochastic":
+    if step is None and rounding == "stochastic":
         raise ValueError(
             "rounding='stochastic' needs step=, the number of this update, because each update must draw new random "
             "bits"
         )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless the seed of stochastic rounding is in [0, 2^32)."""
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be in [0, 2^32), but is {seed}")
 
 
 def check_momentum(momentum: float | Tensor) -> float | Tensor:

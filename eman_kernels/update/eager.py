@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from .. import backends
 from ..backends.interface import Arguments
 from ..networks.errors import warn_user
 from ..networks.guards import Guards, increment_versions
@@ -33,11 +31,11 @@ def update_lists(
         return
     check_lengths(teachers, students)
     copied = tuple(copied) if copied is not None and any(copied) else ()
-    options = resolve_backend(options)
     cached, tensors = cache_of_lists(teachers, students).find_or_make(
         ("lists", options, copied), [teachers, students], _plan_lists, teachers, students, options, copied
     )
-    _warn_if_stalled(cached.plan, arguments)
+    if cached.plan.stalls_below:
+        _warn_if_stalled(cached.plan, arguments)
     increment_versions(tensors, cached.plan.written)
     cached.plan.run(arguments, tensors)
 
@@ -52,7 +50,6 @@ def update_networks(
     """Let networks follow one student. copies: the teachers' low-precision copies, which are written in the same pass,
     one per teacher, or none."""
     cache = cache_of_networks(teachers[0], student)
-    options = resolve_backend(options)
     cache.buffer_sync = buffer_sync = find_buffer_sync(cache.buffer_sync, options.sync_buffers, student)
     roots = _collect_roots(teachers, student, copies, buffer_sync)
     try:
@@ -66,11 +63,13 @@ def update_networks(
     if buffer_sync is not None:
         buffer_sync.synchronize([tensors[i] for i in cached.synced_buffers])
     plan = cached.plan
-    _warn_if_stalled(plan, arguments)
+    if plan.stalls_below:
+        _warn_if_stalled(plan, arguments)
     for copy, masters in zip(copies, cached.masters, strict=True):
         copy.refresh([tensors[i] for i in masters])
     increment_versions(tensors, plan.written)
-    _mark_copies_written(copies, cached, tensors)
+    if copies:
+        _mark_copies_written(copies, cached, tensors)
     try:
         plan.run(arguments, tensors)
         if copies and any(work.table is None for _, work in plan.works):
@@ -79,20 +78,6 @@ def update_networks(
     except BaseException:  # an interrupt after the write
         renew_caches(cached.caching)
         raise
-
-
-def resolve_backend(options: Options) -> Options:
-    """The options with the backend that the argument, or else the environment variable, requests.
-
-    Raises ValueError if the environment variable names an unknown backend.
-    """
-    backend = backends.requested(options.backend)
-    return options if backend == options.backend else _with_backend(options, backend)
-
-
-@lru_cache
-def _with_backend(options: Options, backend: str | None) -> Options:
-    return replace(options, backend=backend)
 
 
 def list_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -187,7 +172,7 @@ def _mark_copies_written(copies: Sequence[LowPrecisionCopy], cached: CachedPlan,
 
 def _warn_if_stalled(plan: Plan, arguments: Arguments) -> None:
     """Once per plan, if rounding to nearest will keep the teacher from moving."""
-    if not plan.stalls_below or isinstance(arguments.momenta, Tensor):
+    if isinstance(arguments.momenta, Tensor):
         return
     momentum = max(arguments.momenta)
     if 0 < 1 - momentum < plan.stalls_below:

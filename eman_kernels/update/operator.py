@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import TENSOR_OPTIONS, Options, check_seed, make_options
-from .arguments import check_step_given, make_arguments
+from ..options import TENSOR_OPTIONS, Options, make_options
+from .arguments import check_step, make_arguments
 from .eager import update_lists
 
 # Inductor must neither change the layout of the tensors nor capture the operator in a CUDA graph: making a plan during
@@ -58,8 +58,7 @@ def _run_operator(
     **options: Any,
 ) -> None:
     made = make_options(**options)
-    check_seed(seed)
-    check_step_given(made, step)
+    check_step(made.rounding, step)
     # Numbers in CPU memory are passed by value, whatever the teacher's device.
     arguments = make_arguments([_read_on_cpu(momentum)], found_inf, seed, _read_on_cpu(step), skipped)
     update_lists(teachers, students, arguments, made, copied)

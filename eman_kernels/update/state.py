@@ -55,10 +55,9 @@ class TeacherState:
         options = {name: getattr(self.options, name) for name in self.options.__dataclass_fields__}
         return options | {"seed": self.seed, "cast": self.cast, "capturable": self.capturable}
 
-    def find_student(self, student: nn.Module | None) -> nn.Module:
-        """The given student, or that of the last update. Raises RuntimeError if there is neither."""
-        if student is None and self.student is not None:
-            student = self.student()
+    def find_student(self) -> nn.Module:
+        """The student of the last update. Raises RuntimeError if there is none."""
+        student = self.student() if self.student is not None else None
         if student is None:
             raise RuntimeError("no student has been seen yet (or it has been freed): call update(student)")
         return student
@@ -121,7 +120,13 @@ class TeacherState:
 
 
 class StateAttribute(Generic[Value]):
-    """An attribute of a teacher that is stored in its state, which updates read without the module."""
+    """An attribute of a teacher that is stored in its state, which updates read without the module.
+
+    check: called with a value before it is assigned.
+    """
+
+    def __init__(self, check: Callable[[Value], object] | None = None) -> None:
+        self._check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -130,6 +135,8 @@ class StateAttribute(Generic[Value]):
         return self if teacher is None else getattr(teacher.state, self._name)
 
     def __set__(self, teacher: Any, value: Value) -> None:
+        if self._check is not None:
+            self._check(value)
         setattr(teacher.state, self._name, value)
 
 

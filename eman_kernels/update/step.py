@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..options import check_seed
 from .arguments import check_found_inf, make_arguments
 from .eager import update_networks
 from .locks import hold_locks
@@ -33,8 +32,8 @@ def _update_locked(
     found_inf: Tensor | None,
 ) -> None:
     first = states[0]
-    student = first.find_student(student)
-    check_seed(first.seed)
+    if student is None:
+        student = first.find_student()
     if found_inf is not None:
         found_inf = check_found_inf(found_inf)
     momenta = []

@@ -24,7 +24,6 @@ from ..options import Options
 from ..plan.cache import CachedPlan, Found, cache_of_networks
 from ..plan.plan import Plan
 from .caching import find_caching_modules, renew_caches
-from .eager import resolve_backend
 from .locks import TeacherLock, hold_locks
 
 
@@ -38,7 +37,7 @@ class Exchange:
     def __init__(self, teacher: nn.Module, student: nn.Module, options: Options, lock: TeacherLock) -> None:
         self._teacher, self._student = teacher, student
         # A swap moves values as they are: how updates round them makes no difference to its plan.
-        self._options = resolve_backend(Options(options.rules, options.buffers, options.backend))
+        self._options = Options(options.rules, options.buffers, options.backend)
         self._lock = lock
         self._exchanged_pieces: set[int] = set()  # pieces of work that are done and not yet undone
         self._guards: Guards | None = None

@@ -7,7 +7,7 @@ Imported only while tracing, because it makes torch import torch._dynamo.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..networks.names import named_tensors
 from ..networks.pairing import check_order, pair_modules
 from ..networks.tensors import dtensor_class
 from ..options import TENSOR_OPTIONS, Options, make_options
-from .arguments import check_step_given, make_arguments
+from .arguments import check_step, make_arguments
 from .caching import find_caching_modules, renew_caches
 from .eager import list_tensors, update_lists, update_networks
 from .state import StudentReference, TeacherState
@@ -90,7 +90,8 @@ def trace_teachers(
     found_inf: Tensor | None,
 ) -> None:
     """``EMANTeacher.update`` and ``EMANTeachers.update`` in a graph, which reads the student once per teacher."""
-    student = states[0].find_student(student)
+    if student is None:
+        student = states[0].find_student()
     tensors = [*student.parameters(), *(p for network in networks for p in network.parameters())]
     if states[0].options.sync_buffers != "none" or _any_distributed(tensors):
         return break_graph(step_teachers, networks, states, student, momentum, found_inf)
@@ -114,20 +115,20 @@ def trace_teachers(
             step += 1 if found_inf is None else found_inf.reshape(()).to(step.device) == 0
 
 
-def trace_options(rules: dict[str, Any] | None, **others: Any) -> Options:
-    """The options of a call that is being traced; they are constants of the graph."""
-    return _options_once(tuple(rules.items()) if rules else (), **others)
+def trace_options(rules: Mapping[str, Any] | None = None, *others: Any) -> Options:
+    """make_options in a call that is being traced: the options are constants of the graph."""
+    return _make_options_once(tuple(rules.items()) if rules else (), *others)
 
 
 @torch.compiler.assume_constant_result
-def _options_once(rules: tuple[tuple[str, Any], ...], **others: Any) -> Options:
-    return make_options(rules, **others)
+def _make_options_once(rules: tuple[tuple[str, Any], ...], *others: Any) -> Options:
+    return make_options(dict(rules), *others)
 
 
 def _update_lists_eagerly(
     teachers: list[Tensor], students: list[Tensor], momentum: float | Tensor, options: Options, given: dict[str, Any]
 ) -> None:
-    check_step_given(options, given["step"])
+    check_step(options.rounding, given["step"])
     lists = list_tensors("teacher_tensors", teachers), list_tensors("student_tensors", students)
     update_lists(*lists, make_arguments([momentum], **given), options)
 
@@ -135,7 +136,7 @@ def _update_lists_eagerly(
 def _update_networks_eagerly(
     teacher: nn.Module, student: nn.Module, momentum: float | Tensor, options: Options, given: dict[str, Any]
 ) -> None:
-    check_step_given(options, given["step"])
+    check_step(options.rounding, given["step"])
     update_networks([teacher], student, make_arguments([momentum], **given), options)
 
 
@@ -172,7 +173,7 @@ def _pair_once(
     values derived from their weights."""
     teacher, student = _object_of(teacher_id), _object_of(student_id)
     check_order([*teacher.parameters()], [*student.parameters()], "eman_update_(teacher, student, momentum)")
-    pairs = pair_modules(teacher, student, make_options(rules, buffers=buffers))
+    pairs = pair_modules(teacher, student, Options(rules, buffers))
     return (
         tuple(pair.name for pair in pairs),
         tuple(pair.rule == "copy" for pair in pairs),

@@ -42,21 +42,21 @@ docs: .venv/.docs
 
 # Mutation tests, sanitizers, fuzzing, load tests and coverage; tests/trust/ describes each. None needs a GPU.
 mutants: .venv/.installed
-	$(BIN)/python trust/mutants.py $(MUTANTS_ARGS)
+	$(BIN)/python tests/trust/mutants.py $(MUTANTS_ARGS)
 
 sanitize: .venv/.installed
-	$(BIN)/python trust/sanitize.py $(PYTEST_ARGS)
+	$(BIN)/python tests/trust/sanitize.py $(PYTEST_ARGS)
 
 fuzz: .venv/.installed
-	EMAN_KERNELS_FUZZ=$(or $(STEPS),100000) $(BIN)/python -m pytest -s tests/test_life.py
-	$(BIN)/python trust/fuzz.py $(FUZZ_ARGS)
+	EMAN_KERNELS_FUZZ=$(or $(STEPS),100000) $(BIN)/python -m pytest -s tests/update/test_life.py
+	$(BIN)/python tests/trust/fuzz.py $(FUZZ_ARGS)
 
 load: .venv/.installed
-	$(BIN)/python trust/load.py $(LOAD_ARGS)
+	$(BIN)/python tests/trust/load.py $(LOAD_ARGS)
 
 coverage: .venv/.installed
 	$(BIN)/pip install --quiet 'coverage>=7.10' gcovr
-	$(BIN)/python trust/coverage_report.py $(PYTEST_ARGS)
+	$(BIN)/python tests/trust/coverage_report.py $(PYTEST_ARGS)
 
 lint: .venv/.lint
 	$(BIN)/pre-commit run --all-files

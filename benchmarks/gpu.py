@@ -55,7 +55,7 @@ class Command(NamedTuple):
 def stages(python: str, out: Path) -> dict[str, list[Command]]:
     def tests(*names: str, seconds: int) -> Command:
         command = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-        files = [f"tests/test_{name}.py" for name in names]
+        files = [f"tests/backends/test_{name}.py" for name in names]
         return Command(" ".join(names), [*command, *files], seconds, [*command, "--collect-only", *files])
 
     report = [python, "benchmarks/report.py", "--out", str(out)]

@@ -2,7 +2,7 @@
 //
 // Python cuts each pair of tensors into chunks and writes one record per chunk into an int64 tensor [n_chunks, 4]. The
 // CUDA kernel, the Triton kernel and the CPU code read the records from there: a CUDA block, a Triton program or an
-// iteration of a CPU loop updates one chunk. tests/test_plan.py compares the layout and the codes of both sides.
+// iteration of a CPU loop updates one chunk. tests/plan/test_chunks.py compares the layout and the codes of both sides.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// The bodies of the CUDA kernels. They also compile as host C++ (tests/host_kernel.cpp runs them under sanitizers):
-// only the inline PTX of the memory accesses below is specific to CUDA.
+// The bodies of the CUDA kernels. They also compile as host C++, which tests/backends/host_kernel.cpp runs under
+// sanitizers: only the inline PTX of the memory accesses below is specific to CUDA.
 #pragma once
 
 #include "chunk.h"

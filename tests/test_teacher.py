@@ -579,11 +579,12 @@ def test_compiled_by_inductor(student, cast):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda teacher: pickle.loads(pickle.dumps(teacher))])
 def test_cast_and_copies_of_the_teacher(student, clone):
     teacher = EMANTeacher(student, momentum=0.5, cast=torch.bfloat16)
+    x = torch.randn(2, 3, 6, 6)
+    teacher(x)  # makes the low-precision copy
     teacher.update(student)
     twin = clone(teacher)
     train_step(student)
     twin.update(student)
-    x = torch.randn(2, 3, 6, 6)
     assert not torch.equal(twin(x), teacher(x))
     assert (
         twin.state.low_precision.tensors["0.weight"].data_ptr()

@@ -1,4 +1,4 @@
-"""Properties of the chunk table, which pairs are eligible for it, and that no stale address is written through."""
+"""The chunk table, and which pairs are eligible for it."""
 
 import tracemalloc
 import types
@@ -8,9 +8,8 @@ import torch
 from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned, profiled, skip_unless_selectable, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from eman_kernels import backends, ema_update_, eman_update_, plan_for
+from eman_kernels import ema_update_
 from eman_kernels.backends import extension, interface, reference
 from eman_kernels.networks.pairing import Pair, pair_lists
 from eman_kernels.plan.chunks import (
@@ -203,77 +202,3 @@ def test_a_channels_last_teacher_of_a_contiguous_student():
     want = lerp(teacher, student, 0.9)
     ema_update_([teacher], [student], 0.9)
     assert_same_bits(teacher, want)
-
-
-# ---------------------------------------------------------------- memory shared with other tensors
-
-
-def test_shared_memory_is_an_error_and_nothing_is_written():
-    memory = torch.zeros(100)
-    before = memory.clone()
-    other = torch.ones(30)
-    for teacher, student, words in [
-        ([memory[:30]], [memory[20:50]], "share memory"),
-        ([memory[:30]], [memory[:30]], "share memory"),
-        ([memory[:30], memory[20:50]], [other, other], "share memory"),
-        ([memory[:1].expand(30)], [other], "expanded or overlapping"),
-        ([memory.as_strided((10, 3), (1, 1))], [torch.ones(10, 3)], "expanded or overlapping"),
-        ([memory[:30], memory[:30]], [other, other + 1], "ties"),
-    ]:
-        with pytest.raises(ValueError, match=words) as error:
-            ema_update_(teacher, student, 0.5)
-        assert "teacher_tensors[" in str(error.value)
-        assert torch.equal(memory, before)
-
-
-def test_tied_tensors_are_updated_once():
-    teacher, student = torch.zeros(10), torch.ones(10)
-    ema_update_([teacher, teacher], [student, student], 0.5)
-    assert torch.equal(teacher, torch.full((10,), 0.5))
-
-
-def test_adjacent_teachers_and_overlapping_students_are_allowed():
-    memory, student = torch.zeros(20), torch.ones(15)
-    ema_update_([memory[:10], memory[10:]], [student[:10], student[5:]], 0.5)
-    assert torch.equal(memory, torch.full((20,), 0.5))
-
-
-# ---------------------------------------------------------------- choosing a backend
-
-
-def test_an_unavailable_backend_requested_by_name_raises_with_the_reason(monkeypatch):
-    t, s = torch.zeros(3), torch.ones(3)
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot update tensors on cpu: it updates CUDA tensors only"):
-        ema_update_([t], [s], 0.5, backend="cuda")
-    with pytest.raises(ValueError, match="unknown backend='fast': it must be one of 'auto', 'cuda'"):
-        ema_update_([t], [s], 0.5, backend="fast")
-    monkeypatch.setenv("EMAN_KERNELS_BACKEND", "fast")
-    with pytest.raises(ValueError, match="unknown EMAN_KERNELS_BACKEND='fast': it must be one of"):
-        ema_update_([t], [s], 0.5)
-    assert torch.equal(t, torch.zeros(3))
-
-
-def test_backend_priority_is_argument_environment_auto(monkeypatch):
-    teacher, student = nn.Linear(2, 2), nn.Linear(2, 2)
-    teacher.requires_grad_(False)
-
-    def used(**kwargs):
-        eman_update_(teacher, student, 0.5, **kwargs)
-        return plan_for(teacher, student).works[0][0].NAME
-
-    auto = "foreach" if extension.missing else "cpu"
-    assert used() == used(backend="auto") == auto
-    monkeypatch.setenv("EMAN_KERNELS_BACKEND", "reference")
-    assert used() == "reference"
-    assert used(backend="foreach") == "foreach"
-    assert used(backend="auto") == auto
-
-
-def test_without_the_extension_auto_falls_back_and_a_name_raises(monkeypatch):
-    monkeypatch.setattr("eman_kernels.backends.cpu.missing", "the compiled extension is not in this installation")
-    teacher, student = torch.zeros(3), torch.ones(3)
-    assert backends.choose(torch.device("cpu"), None).NAME == "foreach"
-    ema_update_([teacher], [student], 0.5)
-    assert torch.equal(teacher, torch.full((3,), 0.5))
-    with pytest.raises(RuntimeError, match="compiled extension is not in this installation"):
-        ema_update_([teacher], [student], 0.5, backend="cpu")

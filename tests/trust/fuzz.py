@@ -1,6 +1,6 @@
 """Fuzz both kernels on the host with chunk tables made from random bytes, by libFuzzer if available, else by a driver.
 
-python trust/fuzz.py [SECONDS]     # default 60
+python tests/trust/fuzz.py [SECONDS]     # default 60
 """
 
 import shutil
@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLANGS = ("clang++", *(f"clang++-{version}" for version in range(24, 13, -1)))
-SOURCES = [ROOT / "trust/fuzz_table.cpp", ROOT / "csrc/eman_update_cpu.cpp"]
+SOURCES = [ROOT / "tests/trust/fuzz_table.cpp", ROOT / "csrc/eman_update_cpu.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-DEMAN_NO_CLONES"]
-FLAGS += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
+FLAGS += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests/backends", "-Wno-unknown-pragmas", "-fno-sanitize-recover=all"]
 INPUTS_PER_SECOND = 500  # of the driver, at most
 
 

@@ -5,17 +5,16 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import values
+from conftest import ROOT, values
 
 from eman_kernels import EMANTeacher, available_backends, ema_update_
 from eman_kernels.backends import reference
 from eman_kernels.backends.interface import Arguments
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import rounding as benchmark
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -1,6 +1,6 @@
 """A long run. Time per update, memory and file descriptors must not grow.
 
-    python trust/load.py [SHARE]     # default 1, about an hour; 0.01: a hundredth of the updates
+    python tests/trust/load.py [SHARE]     # default 1, about an hour; 0.01: a hundredth of the updates
 
 A million updates of a small model, 10,000 of ResNet-50, 10,000 teachers created and deleted, a list of 10,000
 tensors, and one tensor of more than 2^31 elements if the memory suffices for two.
@@ -18,7 +18,8 @@ import torch
 import torchvision
 from torch import nn
 
-from eman_kernels import EMANTeacher, ema_update_, known
+from eman_kernels import EMANTeacher, ema_update_
+from eman_kernels.plan import cache
 
 PARTS = 20
 GROWTH = 2 << 20  # bytes that the allocator may retain
@@ -37,7 +38,7 @@ def endure(name: str, act: Callable[[], object], times: int) -> None:
     """Run it `times` times in equal parts, and compare the first parts with the last."""
     for _ in range(max(10, times // 100)):
         act()
-    memory, files, plans = resident(), descriptors(), (len(known._networks), len(known._lists))
+    memory, files, plans = resident(), descriptors(), (len(cache._networks), len(cache._lists))
     each = max(1, times // PARTS)
     took = []
     for _ in range(PARTS):
@@ -54,7 +55,7 @@ def endure(name: str, act: Callable[[], object], times: int) -> None:
     )
     assert grown < GROWTH, "memory grows"
     assert descriptors() == files, "descriptors are left open"
-    assert (len(known._networks), len(known._lists)) == plans, "plans of deleted networks are kept"
+    assert (len(cache._networks), len(cache._lists)) == plans, "plans of deleted networks are kept"
     # Generous, because other processes disturb the timing. A leak slows updates down by more.
     assert last < 2 * first, "updates become slower"
 

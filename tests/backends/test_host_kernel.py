@@ -12,6 +12,7 @@ import torch
 from conftest import (
     COPY_DTYPES,
     EMA_PAIRS,
+    ROOT,
     SIZES,
     assert_same_bits,
     every_number,
@@ -27,7 +28,7 @@ from eman_kernels.networks.pairing import Pair
 from eman_kernels.plan.chunks import COPY_CODES, PAIR_CODES
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent / "csrc"
+CSRC = ROOT / "csrc"
 # No -mfma: the fmaf of the C library is exact. -fno-strict-aliasing: the kernels access memory through other types.
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fopenmp", "-DEMAN_NO_CLONES"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -16,7 +16,7 @@ from conftest import (
 )
 from torch import nn
 
-from eman_kernels import EMANTeacher, ema_update_
+from eman_kernels import EMANTeacher, ema_update_, eman_update_
 from eman_kernels.backends.interface import Arguments
 from eman_kernels.networks.pairing import Pair
 
@@ -346,3 +346,16 @@ def test_dtypes_that_only_the_reference_supports(dtypes, nonfinite):
             assert (error <= 0.126 * exact[between].abs()).all()  # float8_e5m2 has 2 mantissa bits
             assert between.sum() >= 6
         assert skipped == (int((~finite).sum()) if skips else 0)
+
+
+def test_a_copied_buffer_of_a_dtype_whose_finiteness_no_kernel_checks():
+    dtype = torch.float8_e5m2
+    skip_unless_selectable(dtype)
+    teacher, student = nn.Module(), nn.Module()
+    for module, number in ((teacher, 1.0), (student, 2.0)):
+        module.register_buffer("b", torch.tensor([number, NAN, number]).to(dtype))
+    student.b[0] = NAN
+    skipped = torch.tensor(0)
+    eman_update_(teacher, student, 0.5, buffers="copy", nonfinite="skip", skipped=skipped)
+    assert same(teacher.b, torch.tensor([1.0, NAN, 2.0]))
+    assert skipped == 2

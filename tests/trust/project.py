@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pybind11
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Arguments of pytest: one process per core, and a whole file per process.
 AT_ONCE = ("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder")
 

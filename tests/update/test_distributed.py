@@ -458,7 +458,7 @@ def follow_into_cpu_memory() -> str:
 def test_shards_in_cpu_memory(worlds: Callable[[str, int], World]) -> None:
     for description in worlds("nccl", 2).run(follow_into_cpu_memory):
         assert "reference" not in description
-        assert "to pinned memory of the CPU, in copies: 1" in description
+        assert "to pinned CPU memory in 1 transfers" in description
 
 
 def describe_sharded(kernel: str) -> tuple[str, int]:
@@ -514,6 +514,11 @@ def test_shards_draw_the_bits_of_the_whole(world: World, rounding: str, nonfinit
 @trains_shards_with_replicas
 def test_replicas_of_shards_draw_the_same_bits(worlds: Callable[[str, int], World], backend: str) -> None:
     worlds(backend, 4).run(draw, (2, 2), "stochastic", "propagate")
+
+
+def test_elements_after_an_empty_shard_draw_the_same_bits(worlds: Callable[[str, int], World]) -> None:
+    """Of a dimension of 3, the fourth process has no elements."""
+    worlds("gloo", 4).run(draw, (4,), "stochastic", "propagate")
 
 
 def draw_differently() -> None:

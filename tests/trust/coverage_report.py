@@ -1,6 +1,6 @@
 """Line coverage of the package's Python and, in a host build, of csrc/, measured in a copy of the project.
 
-    python trust/coverage_report.py [PYTEST'S ARGUMENTS]     # default: all tests except those of other code
+    python tests/trust/coverage_report.py [PYTEST'S ARGUMENTS]     # default: all tests except those of other code
 
 Fails below 95 % of lines of either. Excluded lines state the reason: `# pragma: no cover - reason` in Python,
 GCOVR_EXCL in C++.
@@ -42,9 +42,9 @@ def main(arguments: list[str]) -> int:
             old.unlink()
         build(project, "--coverage -O1 -fprofile-update=atomic")
         (project / ".coveragerc").write_text(CONFIG)
-        # tests/test_host_kernel.py compiles the CUDA kernels for the host, and uses CXXFLAGS.
+        # test_host_kernel.py compiles the CUDA kernels for the host, and uses CXXFLAGS.
         env = environment(project, CXXFLAGS="--coverage -fprofile-update=atomic")
-        arguments = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT)]
+        arguments = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/*test_{name}*.py" for name in LEFT_OUT)]
         tests = pytest_command(f"--basetemp={project}/tmp", *arguments)
         coverage = [sys.executable, "-m", "coverage"]
         failed = subprocess.run([*coverage, "run", *tests[1:]], cwd=project, env=env).returncode

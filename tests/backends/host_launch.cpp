@@ -1,5 +1,5 @@
 // The launches of csrc/eman_update.cu, with a fake of the CUDA runtime that keeps its last error like the real one.
-// Prints the result of each attempt; tests/test_host_kernel.py compares it.
+// Prints the result of each attempt; test_host_kernel.py compares it.
 #include <cstdint>
 #include <cstdio>
 #include <exception>

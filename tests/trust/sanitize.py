@@ -1,7 +1,7 @@
 """Run the CPU kernel under ThreadSanitizer, with several plans at once. Then run the tests that need no GPU, in a copy
 of the project whose extension is built with AddressSanitizer and UBSan.
 
-python trust/sanitize.py [PYTEST'S ARGUMENTS]     # default: all tests except those that build, measure or train
+python tests/trust/sanitize.py [PYTEST'S ARGUMENTS]     # default: all tests except those that build, measure or train
 """
 
 import subprocess
@@ -23,7 +23,7 @@ LEFT_OUT = ("build", "benchmark", "methods", "readme", "triton", "host_kernel", 
 def threads(project: Path) -> None:
     """Raises AssertionError if there is a race, or if the sanitizer misses the intentional one."""
     program = project / "threads_cpu"
-    sources = [project / "trust/threads_cpu.cpp", project / "csrc/eman_update_cpu.cpp"]
+    sources = [project / "tests/trust/threads_cpu.cpp", project / "csrc/eman_update_cpu.cpp"]
     # Without OpenMP, whose library is not instrumented, so its synchronization would be reported as races.
     flags = ["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-DEMAN_NO_CLONES", "-fsanitize=thread", "-pthread"]
     subprocess.run(["g++", *flags, f"-I{project}/csrc", *sources, "-o", program], check=True)
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0",
             UBSAN_OPTIONS="print_stacktrace=1",
         )
-        tests = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/test_{name}*.py" for name in LEFT_OUT)]
+        tests = arguments or [*AT_ONCE, *(f"--ignore-glob=tests/*test_{name}*.py" for name in LEFT_OUT)]
         return subprocess.run(pytest_command(*tests), cwd=project, env=sanitized).returncode
 
 

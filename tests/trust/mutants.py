@@ -1,8 +1,9 @@
 """Apply each fault to a copy of the project, run the tests that should detect it, and list the undetected faults.
 
-    python trust/mutants.py [--at-once] [WORD ...]
+    python tests/trust/mutants.py [--at-once] [WORD ...]
 
-WORD selects faults whose path or text contains one of the words. --at-once skips the first run without a fault.
+WORD selects faults whose file, function or text contains one of the words. --at-once skips the first run without a
+fault.
 """
 
 import subprocess
@@ -12,19 +13,32 @@ import time
 from pathlib import Path
 
 from faults import FAULTS, HOST, Fault
-from project import build, copy_project, environment, pytest_command
+from locating import find_code
+from project import ROOT, build, copy_project, environment, pytest_command
 
 SECONDS = 900  # a fault with which the tests run longer counts as detected
 
 
+def locate(project: Path, fault: Fault) -> tuple[Path, int, int]:
+    """The file of a fault, and its first and last character there."""
+    found = find_code(project, fault.where, fault.old)
+    assert len(found) == 1, f"found {len(found)} times instead of once: {fault}"
+    return found[0]
+
+
+def describe(fault: Fault) -> str:
+    return f"{locate(ROOT, fault)[0].relative_to(ROOT)}: {fault}"
+
+
 def is_built(fault: Fault) -> bool:
     """Whether the extension is rebuilt. Such faults run last, because the extension keeps the last of them."""
-    return fault.path.startswith("csrc/") and fault.tests != HOST
+    return describe(fault).startswith("csrc/") and fault.tests != HOST
 
 
 def run_tests(project: Path, files: list[str], chosen: str = "") -> tuple[bool, str]:
-    """Whether the tests failed, and the last line of their output."""
-    command = pytest_command("-x", *(f"tests/{file}" for file in files), *(["-k", chosen] if chosen else []))
+    """Whether the tests in these files failed, and the last line of their output."""
+    paths = [str(path) for file in files for path in (project / "tests").rglob(file)]
+    command = pytest_command("-x", *paths, *(["-k", chosen] if chosen else []))
     try:
         done = subprocess.run(
             command, cwd=project, capture_output=True, text=True, timeout=SECONDS, env=environment(project)
@@ -38,15 +52,13 @@ def run_tests(project: Path, files: list[str], chosen: str = "") -> tuple[bool, 
 
 
 def try_fault(project: Path, fault: Fault) -> tuple[bool, str]:
-    path = project / fault.path
+    path, begin, end = locate(project, fault)
     text = path.read_text()
-    assert text.count(fault.old) == 1, f"not found exactly once: {fault}"
-    path.write_text(text.replace(fault.old, fault.new))
+    path.write_text(text[:begin] + fault.new + text[end:])
     try:
         if is_built(fault):
             build(project)
-        files, _, chosen = fault.tests.partition(" -k ")
-        return run_tests(project, files.split(), chosen)
+        return run_tests(project, *fault.selection())
     finally:
         path.write_text(text)
 
@@ -54,12 +66,12 @@ def try_fault(project: Path, fault: Fault) -> tuple[bool, str]:
 def main(words: list[str]) -> int:
     at_once = "--at-once" in words
     words = [word for word in words if word != "--at-once"]
-    faults = [fault for fault in FAULTS if not words or any(word in str(fault) for word in words)]
+    faults = [fault for fault in FAULTS if not words or any(word in describe(fault) for word in words)]
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
         copy_project(project)
-        files = set() if at_once else {file for fault in faults for file in fault.tests.partition(" -k ")[0].split()}
+        files = set() if at_once else {file for fault in faults for file in fault.selection()[0]}
         failed, last = run_tests(project, sorted(files)) if files else (False, "")
         if failed or (files and "passed" not in last):
             print(f"without a fault: {last}")
@@ -70,14 +82,14 @@ def main(words: list[str]) -> int:
             if not seen:
                 survivors.append(fault)
             print(
-                f"{number}/{len(faults)} {'seen' if seen else 'SURVIVED'} {time.monotonic() - begin:.0f} s  {fault}\n"
-                f"      {last}",
+                f"{number}/{len(faults)} {'seen' if seen else 'SURVIVED'} {time.monotonic() - begin:.0f} s  "
+                f"{describe(fault)}\n      {last}",
                 flush=True,
             )
     print(f"{len(faults) - len(survivors)} of {len(faults)} faults were seen; these survived:" if survivors else
           f"all {len(faults)} faults were seen")  # fmt: skip
     for fault in survivors:
-        print(f"  {fault}   ({fault.tests})")
+        print(f"  {describe(fault)}   ({fault.tests})")
     return bool(survivors)
 
 

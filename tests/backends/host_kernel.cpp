@@ -1,6 +1,5 @@
 // Runs the sources of the CUDA and CPU kernels on the host, under sanitizers. Each tensor has its own malloc, so that
-// an access outside of it is detected. tests/test_host_kernel.py writes the cases to standard input and compares the
-// output.
+// an access outside of it is detected. test_host_kernel.py writes the cases to standard input and compares the output.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -23,7 +23,7 @@ from .update.arguments import check_momentum, check_seed
 from .update.copying import adopt_module, convert_dtype, copy_student
 from .update.dispatch import update_teachers
 from .update.following import follow_optimizer
-from .update.loading import all_or_nothing, check_any_name_matches
+from .update.loading import all_or_nothing, check_any_name_matches, fill_in_step
 from .update.low_precision import check_cast, tensors_to_cast
 from .update.state import Momentum, OptionAttribute, StateAttribute, TeacherState
 from .update.swapping import Exchange, Swapped
@@ -304,8 +304,7 @@ class EMANTeacher(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.is_swapped:
             raise RuntimeError("the teacher is swapped with its student: load after the swap has ended")
-        # A file without a step, such as another library's, leaves the step as it is.
-        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        fill_in_step(state_dict, prefix, self.state)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(name.startswith(prefix + "module.") for name in state_dict):
             self.state.lock.unrestored = ""

@@ -84,6 +84,8 @@ def train() -> EMANTeacher:
     step: int | None = found.step
     assert step == teacher.step
     network: nn.Module = teacher.module
+    load_ema_checkpoint(teacher, {"ema": [network.state_dict()]}, key="ema", prefix="0.", index=0, step=step)
+    load_ema_checkpoint(network, network)
     evaluate(network)
     return teacher.train().eval()
 

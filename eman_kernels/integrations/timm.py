@@ -70,6 +70,7 @@ class ModelEman(EMANTeacher):
         if use_warmup:
             momentum = InverseGamma(decay, warmup_gamma, warmup_power, min_decay, update_after_step)
         super().__init__(model, momentum, rounding=rounding, **options)
+        self.state.step_is_given = True  # or the decay is constant: see update
         self.decay = decay
         self.module.to(device)
 

@@ -41,6 +41,7 @@ class TeacherState:
         self.cast = cast
         self.capturable = capturable
         self.step: int | Tensor = 0  # the number of updates made
+        self.step_is_given = False  # whether the step is set before each update, so that a loaded average needs none
         self.skipped: Tensor | None = None  # how many elements of the student nonfinite="skip" has skipped
         self.low_precision: LowPrecisionCopy | None = None
         self.student: StudentReference | None = None  # that of the last update
@@ -71,8 +72,7 @@ class TeacherState:
 
     def set_step(self, step: int) -> None:
         """Raises ValueError unless it is a whole number from 0."""
-        if int(step) != step or step < 0:
-            raise ValueError(f"the step is the number of updates made, a whole number from 0, but got {step}")
+        check_step_number(step)
         if isinstance(self.step, Tensor):
             self.step.fill_(step)  # in place, because a captured graph reads it
         else:
@@ -151,6 +151,12 @@ class OptionAttribute(Generic[Value]):
 
     def __set__(self, teacher: Any, value: Value) -> None:
         teacher.options = replace(teacher.options, **{self._name: value})
+
+
+def check_step_number(step: int) -> None:
+    """Raises ValueError unless it is a whole number from 0."""
+    if int(step) != step or step < 0:
+        raise ValueError(f"the step is the number of updates made, a whole number from 0, but got {step}")
 
 
 def counter_on_device(number: int | Tensor, device: torch.device) -> Tensor:

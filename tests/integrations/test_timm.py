@@ -14,7 +14,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from timm.utils import CheckpointSaver, ModelEmaV3, distribute_bn  # noqa: E402
 
-from eman_kernels import EMANTeacher  # noqa: E402
+from eman_kernels import EMANTeacher, load_ema_checkpoint  # noqa: E402
 from eman_kernels.integrations import timm as adapter  # noqa: E402
 from eman_kernels.integrations.timm import ModelEman  # noqa: E402
 
@@ -181,6 +181,7 @@ def test_average_stays_in_eval_mode_and_resumes_from_its_state_dict():
     resumed = ModelEman(model)
     resumed.load_state_dict(ModelEmaV3(model).state_dict())  # V3's state has no step
     assert resumed.step == 0
+    assert load_ema_checkpoint(resumed, {"state_dict_ema": model.state_dict()}).step is None
     resumed.load_state_dict(model_ema.state_dict())
     assert resumed.step == 40
 

@@ -185,7 +185,7 @@ FAULTS = [
     ),
     Fault("TeacherState.count_step", "(found_inf == 0)", "(found_inf != 0)", "test_teacher.py"),
     Fault("TeacherState.count_step", "elif found_inf is None or not found_inf", "else", "test_teacher.py"),
-    Fault("TeacherState.set_step", "or step < 0", "", "test_teacher.py test_situations.py"),
+    Fault("check_step_number", "or step < 0", "", "test_teacher.py test_situations.py"),
     Fault(
         "TeacherState.prepare_counters",
         "0 if self.skipped is None else self.skipped",
@@ -302,9 +302,16 @@ FAULTS = [
     Fault("_CountingHook.__call__", "(found_inf.reshape(()) == 0).long()", "1", "test_following.py"),
     Fault("_CountingHook.__call__", "self.start = 0", "pass", "test_following.py"),
     # ------------------------------------------------------------ other libraries' checkpoints
-    Fault("_rank_prefix", "return 2, Recognised", "return 1, Recognised", "test_checkpoints.py"),
+    Fault("identify", 'return Rank.STUDENT, "a student"', 'return Rank.PLAIN, "a student"', "test_checkpoints.py"),
+    Fault("identify", "if _stored_at(parent, prefix, leaves, _MMENGINE_STUDENT)", "if False", "test_checkpoints.py"),
+    Fault("_read_step", "and value >= 0", "", "test_checkpoints.py"),
+    Fault("_pair_list", "if len(tensors) == len(own)", "if True", "test_checkpoints.py"),
+    Fault("flatten_keys", 'value.keys() >= {"state", "param_groups"}', "False", "test_checkpoints.py"),
+    Fault("_pair_joined", "tensors[path.removeprefix(mapping)] = value", "pass", "test_checkpoints.py"),
+    Fault("load_ema_checkpoint", "found.step is None and needs_step(teacher.state)", "False", "test_checkpoints.py"),
+    Fault("_find_unrecognised_averages", "any(map(names_average, keys))", "False", "test_checkpoints.py"),
+    Fault("_find_unrecognised_averages", "if each in own", "if False", "test_checkpoints.py"),
     Fault("load_ema_checkpoint", 'state["_extra_state"] = torch.tensor(found.step)', "pass", "test_checkpoints.py"),
-    Fault("_find_by_position", "len(tensors) != len(names)", "False", "test_checkpoints.py"),
     # ------------------------------------------------------------ compiled graphs
     Fault("trace_networks", "[students[name] for name in names]", "[*students.values()]", "test_traced.py"),
     Fault("trace_teachers", "1 if found_inf is None else", "1 if True else", "test_traced.py"),

@@ -455,7 +455,8 @@ def test_what_cannot_be_an_average_does_not_matter(student, teacher):
     by_name = {f"state.{name}.exp_avg": torch.zeros_like(p) for name, p in student.named_parameters()}
     state = {
         "net": student.state_dict(), "optimizer": optimizer.state_dict(), "optimizers": [optimizer.state_dict()],
-        "flat_optimizer": by_name, "own_optimizer": own, "ema": None, "ema_decay": 0.99, "ema_rate": torch.tensor([0.9]), "avg_losses": [0.1],
+        "flat_optimizer": by_name, "own_optimizer": own,
+        "ema": None, "ema_decay": 0.99, "ema_rate": torch.tensor([0.9]), "avg_losses": [0.1],
         "hyper_parameters": {"target": "mean", "use_ema": True, "momentum": [0.9, 0.99]}, "shadow": {}, "teacher": "x",
     }  # fmt: skip
     assert load_ema_checkpoint(teacher, state).prefix == "net."

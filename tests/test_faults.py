@@ -114,6 +114,30 @@ def test_a_checkpoint_of_another_model_changes_nothing(teacher, student, wrong, 
     assert state(teacher)[2] == [step + 1 for step in before[2]]
 
 
+def test_a_refused_load_writes_back_only_what_it_has_written(student):
+    """A tensor that it has not written keeps its version, so that autograd does not take it for changed."""
+    teacher = EMANTeacher(student, 0.5)
+    before, bias = state(teacher), teacher.module[3].bias
+    version = bias._version
+    wrong = {name: tensor + 1 for name, tensor in teacher.state_dict().items()} | {"module.3.bias": torch.zeros(77)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for module\.3\.bias"):
+        teacher.load_state_dict(wrong)
+    assert_state(teacher, before)
+    assert bias._version == version
+
+
+def test_a_refused_load_restores_inference_tensors(student):
+    """They have no versions to compare."""
+    with torch.inference_mode():
+        teacher = EMANTeacher(student, 0.5)
+        before = state(teacher)
+        wrong = {name: tensor + 1 for name, tensor in teacher.state_dict().items()} | {"module.3.bias": torch.zeros(77)}
+        with pytest.raises(RuntimeError, match=r"size mismatch for module\.3\.bias"):
+            teacher.load_state_dict(wrong)
+        assert teacher.module[0].weight.is_inference()
+        assert_state(teacher, before)
+
+
 def load(teacher, checkpoint):
     """Load as the README recommends: torch.load verifies no checksum and would accept a flipped bit in a weight."""
     assert zipfile.ZipFile(io.BytesIO(checkpoint)).testzip() is None

@@ -1,8 +1,14 @@
 """Situations reported by users of EMA teachers: the result is right, or an error says what to do."""
 
 import copy
+import functools
+import itertools
+import operator
+import re
 import threading
+import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -353,6 +359,69 @@ def test_a_frozen_base_that_both_share():
     teacher.update(student)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda net: torch.jit.trace(net.eval(), torch.ones(3, 4))])
+def test_a_student_with_scripted_modules(whole, compile):
+    student = compile(net()) if whole else nn.Sequential(compile(net()), nn.Linear(2, 2))
+    teacher = EMANTeacher(student, 0.25)
+    before = [parameter.clone() for parameter in teacher.module.parameters()]
+    trained(student)
+    teacher.update(student)
+    averages = [parameter.clone() for parameter in teacher.module.parameters()]
+    for was, now, theirs in zip(before, averages, student.parameters(), strict=True):
+        assert_same_bits(now, torch.lerp(was, theirs, 0.75))
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    x = torch.randn(3, 4)
+    expected = teacher(x)
+    with teacher.swapped(student):
+        assert torch.equal(student.eval()(x), expected)
+    copied = copy.deepcopy(teacher)
+    assert torch.equal(copied(x), expected)
+    with pytest.raises(ValueError, match=r"0\.weight: a ScriptModule holds it\n"):
+        EMANTeacher(student, rules={"*": "share"})
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear, nn.LazyConv1d])
+@pytest.mark.parametrize("copiable", [True, False])
+def test_lazy_modules_need_one_forward(lazy, copiable):
+    def make():
+        layer = lazy(4) if lazy is nn.LazyLinear else lazy(4, 1)
+        return nn.Sequential(nn.Linear(4, 4) if copiable else KeepsAnActivation(4, 4), layer, nn.LazyBatchNorm1d())
+
+    student, x = make(), torch.randn(4, 4, 4) if lazy is nn.LazyConv1d else torch.randn(4, 4)
+    for options in ({}, {"module": make()}):
+        with pytest.raises(ValueError, match=r"^1\.weight is lazy.*run one forward pass"):
+            EMANTeacher(student, **options)
+    student(x)
+    own = make()
+    own(x)
+    teacher = EMANTeacher(student, 0.5, **({} if copiable else {"module": own}))
+    teacher.update(student)
+    assert torch.equal(teacher.module[1].weight, student[1].weight)
+
+
+def test_a_student_that_grows():
+    """The remedy in the error, as it is written there."""
+    student = nn.Sequential(nn.Linear(4, 4))
+    teacher = EMANTeacher(student, 0.5)
+    teacher.update(student)
+    student.head = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    before = copy.deepcopy(teacher.module.state_dict())
+    with pytest.raises(ValueError, match=r"(?s)head\.0\.weight: the teacher has none.*was changed after") as error:
+        teacher.update(student)
+    assert before.keys() == teacher.module.state_dict().keys()
+    remedy = re.search(r"teacher\.module\.head = .*?\(False\)", str(error.value))[0]
+    exec(remedy, {"copy": copy, "teacher": teacher, "student": student})
+    was = teacher.module.head[0].weight.clone()
+    trained(student)
+    teacher.update(student)
+    assert_same_bits(teacher.module.head[0].weight, torch.lerp(was, student.head[0].weight, 0.5))
+    assert not teacher(torch.ones(2, 4)).requires_grad
+    assert not teacher.module.head[1].training
+
+
 def patched(module, wrap):
     module.forward = wrap(module.forward)
     return module
@@ -376,6 +445,109 @@ def test_a_forward_that_was_patched_by_a_closure(where):
     patched(student if where == "network" else student[1], by_closure)
     with pytest.warns(UserWarning, match=r"the teacher would run the student"):
         EMANTeacher(student)
+
+
+class Tied(nn.Module):
+    """What it does with its layer is set per instance."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        how(self)
+
+    def forward(self, x):
+        return x
+
+
+def by_attribute(net):
+    net.tied = lambda x: x @ net.layer.weight
+
+
+def by_a_list_of_functions(net):
+    net.steps = [torch.relu, {"last": lambda x: net.layer(x)}]
+
+
+def by_a_replaced_method(net):
+    net.layer.extra_repr = functools.partial(lambda: str(net.layer.weight))
+
+
+def by_a_hook(net):
+    net.register_forward_hook(lambda module, args, out: net.layer(out))
+
+
+def by_a_pre_hook(net):
+    net.layer.register_forward_pre_hook(lambda module, args: (args[0] @ net.layer.weight,))
+
+
+def by_a_dict(net):
+    held = {"layers": [net.layer]}
+    net.tied = lambda x: held["layers"][0](x)
+
+
+def by_a_namespace(net):
+    held = types.SimpleNamespace(net=net)
+    net.tied = lambda x: held.net.layer(x)
+
+
+def by_another_network(net):
+    held = nn.Sequential(net.layer)
+    net.tied = lambda x: held(x)
+
+
+def by_a_tensor(net):
+    weight = net.layer.weight
+    net.tied = lambda x: x @ weight
+
+
+def by_a_view(net):
+    weight = net.layer.weight.data.t()
+    net.tied = lambda x, weight=weight: x @ weight
+
+
+def by_a_builtin_method(net):
+    net.tied = net.layer.weight.matmul
+
+
+def by_a_cached_function(net):
+    net.tied = functools.lru_cache(lambda: net.layer.weight.norm())
+
+
+def by_a_weak_reference(net):
+    net.tied = weakref.ref(net.layer)
+
+
+def by_a_global(net):
+    global global_network
+    global_network = net
+    net.tied = lambda x: global_network.layer(x)
+
+
+HOLDERS = [value for name, value in vars().copy().items() if name.startswith("by_") and name != "by_closure"]
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_function_that_holds_the_student(how, inside, copied):
+    student = nn.Sequential(Tied(how)) if inside else Tied(how)
+    with pytest.warns(UserWarning, match=r"refers to modules or tensors of the student, so the teacher would run the"):
+        EMANTeacher(student, **({"module": copy.deepcopy(student)} if copied else {}))
+    EMANTeacher(student, module=nn.Sequential(Tied(how)) if inside else Tied(how))  # the remedy
+
+
+def test_functions_that_do_not_hold_the_student():
+    def setup(net):
+        seen = {}
+        net.register_forward_hook(lambda module, args, out: seen.__setitem__("out", out.detach()))
+        net.layer.register_forward_pre_hook(lambda module, args: None)
+        net.activation, net.linear = torch.relu, functools.partial(nn.functional.linear, weight=net.layer.weight)
+        net.bound, net.again = net.layer.forward, [net.layer]
+        net.recurrent = nn.LSTM(4, 4)  # has weak references to its parameters
+
+    student = Tied(setup)
+    student(torch.ones(2, 4))
+    teacher = EMANTeacher(student)
+    assert teacher.module.linear.keywords["weight"] is teacher.module.layer.weight
 
 
 def test_a_patched_forward_that_is_copied():
@@ -714,6 +886,29 @@ def test_overlap_checks_against_counted_bytes():
         assert bool(fault) == bool(its & theirs), (one.shape, one.stride(), two.shape, two.stride())
         checked += 1
     assert checked > 300
+
+
+def test_every_tensor_that_addresses_an_element_twice_is_refused():
+    """All small shapes and strides, with the elements counted."""
+    memory, checked = torch.zeros(40), [0, 0]
+    for shape in itertools.product((1, 2, 3), repeat=3):
+        for strides in itertools.product((0, 1, 2, 3, 6), repeat=3):
+            tensor = memory.as_strided(shape, strides)
+            places = [sum(map(operator.mul, at, strides)) for at in itertools.product(*map(range, shape))]
+            twice = len(set(places)) < len(places)
+            checked[twice] += 1
+            if twice:
+                with pytest.raises(ValueError, match="expanded or overlapping view"):
+                    ema_update_([tensor], [torch.ones(shape)], 0.5)
+            elif all(size == 1 or stride for size, stride in zip(shape, strides, strict=True)):
+                memory.zero_()
+                try:
+                    ema_update_([tensor], [torch.ones(shape)], 0.5)
+                except ValueError:  # strides that do not step over each other, which no view of torch has
+                    assert not memory.any()
+                else:
+                    assert memory.sum() == 0.5 * tensor.numel()
+    assert min(checked) > 300
 
 
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])

@@ -399,6 +399,30 @@ def test_a_module_under_two_names_keeps_its_tensors_when_it_runs_with_a_copy():
     assert (teacher.module[1][0].weight == 2).all()
 
 
+class TwoNames(nn.Module):
+    """One module holds a parameter under two names and reads both."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.two = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.one + x @ self.two
+
+
+def test_a_parameter_under_two_names_of_one_module_is_read_through_its_copy():
+    student = TwoNames()
+    teacher = EMANTeacher(student, 0.0, cast=torch.bfloat16)
+    x = torch.randn(2, 4)
+    for _ in range(2):
+        assert torch.equal(teacher(x), copy.deepcopy(student).bfloat16()(x.bfloat16()))
+        assert teacher.module.one is teacher.module.two
+        assert teacher.module.one.dtype == torch.float32
+        with torch.no_grad():
+            student.one.add_(1)
+        teacher.update(student)
+
+
 def test_tied_weights_share_their_copy():
     student = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     student[1].weight = student[0].weight

@@ -72,8 +72,10 @@ def pair_modules(teacher: nn.Module, student: nn.Module, options: Options) -> li
         Pair(name, teachers[name], students[name], followed[name], because=because.get(name, "")) for name in names
     ]
     remedy = (
-        "Does the teacher have the student's architecture? "
-        'Exclude a tensor with a rule such as rules={"predictor.*": "skip"}.'
+        "Does the teacher have the student's architecture? If the student was changed after the teacher was made, "
+        "change the teacher's network alike: teacher.module.head = copy.deepcopy(student.head).eval()"
+        ".requires_grad_(False). "
+        'Exclude a tensor that only one of them is to have with a rule such as rules={"predictor.*": "skip"}.'
     )
     if "share" in followed.values():
         remedy += (

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from ..options import Options, Rule
 from .errors import raise_differences
-from .names import named_tensors
+from .names import iterate_names, named_tensors
 
 # Modules whose buffers are private state of the student: averaging them is not meaningful, so they are copied. Given by
 # class name, because a process that never imported a class has no such module.
@@ -69,6 +70,8 @@ def shared_tensors(student: nn.Module, options: Options) -> dict[str, Tensor]:
     if "share" not in (options.buffers, *dict(options.rules).values()):
         return {}
     tensors, buffers = named_tensors(student), {id(buffer) for buffer in student.buffers()}
+    scripted = [each for each in student.modules() if isinstance(each, torch.jit.ScriptModule)]
+    in_script = {id(tensor) for each in scripted for _, tensor in iterate_names(each)}
     shared = {n: t for n, t in tensors.items() if requested_rule(n, options, id(t) in buffers) == "share"}
     name_of = {id(tensor): name for name, tensor in shared.items()}
     raise_differences(
@@ -78,5 +81,9 @@ def shared_tensors(student: nn.Module, options: Options) -> dict[str, Tensor]:
             if id(tensor) in name_of and name not in shared
         ),
         'Give both the rule "share", or neither.',
+    )
+    raise_differences(
+        (f"{name}: a ScriptModule holds it" for name, tensor in shared.items() if id(tensor) in in_script),
+        "A copy of a ScriptModule has tensors of its own: share tensors of modules that are not scripted.",
     )
     return shared

@@ -32,6 +32,12 @@ def memory_key(tensor: Tensor) -> object:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
+def storage_key(tensor: Tensor) -> int:
+    """Equal for tensors with the same storage, unequal to the id of any other object."""
+    tensor = local_part(tensor)
+    return tensor.untyped_storage()._cdata if is_plain(tensor) else id(tensor)
+
+
 def imported_class(module: str, name: str) -> type | tuple[()]:
     """A class for isinstance(); empty, so that nothing is an instance, if its module has not been imported."""
     return getattr(sys.modules.get(module), name, ())

@@ -82,10 +82,10 @@ def check_overlaps(pairs: list[Pair]) -> None:
 
 
 def _describe_overlap(who: str, name: str, other: str, other_name: str) -> str:
-    return (
-        f"{who}'s {name} and {other}'s {other_name} share memory; the teacher must have its own (copy.deepcopy the "
-        f"student, or .clone() the tensor). {NOTHING_WRITTEN}"
-    )
+    remedy = "the teacher must have its own (copy.deepcopy the student, or .clone() the tensor)"
+    if who == other:
+        remedy = "one of them must have its own (.clone() it), or both networks must tie them alike"
+    return f"{who}'s {name} and {other}'s {other_name} share memory; {remedy}. {NOTHING_WRITTEN}"
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

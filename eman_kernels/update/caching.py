@@ -4,24 +4,44 @@ timm's LeViT, TinyViT and EfficientFormer cache attention biases, and drop or re
 1.0.29 in ``train(True)`` only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.interrupts import call_all, prepare_calls
+from ..networks.tensors import storage_key
 
 # train() methods that only pass the mode on to child modules, and cache nothing.
 _PLAIN_TRAIN = {"torch.nn.modules.module.Module.train", "transformers.modeling_utils.PreTrainedModel.train"}
 
 
 def find_caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
-    """Modules whose class overrides train(). It calls train() of the modules inside, so those are not listed."""
+    """Modules whose class overrides train(). It calls train() of the modules inside, so those are not listed.
+
+    Raises ValueError, and changes nothing, if the train() of one of them writes parameters.
+    """
+    found = dict(_find_overridden_train(network, ""))
+    for name, module in found.items():
+        if _writes_parameters(module):
+            raise ValueError(
+                f"train() of {name or 'the network'} ({type(module).__name__}) changes parameters, so teacher and "
+                "student would hold different things under one name. Keep its weights as they are in both modes: "
+                "loralib's layers need merge_weights=False. Nothing was written."
+            )
+    return list(map(ref, found.values()))
+
+
+def _find_overridden_train(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     train = type(network).train
     if f"{train.__module__}.{train.__qualname__}" not in _PLAIN_TRAIN:
-        return [ref(network)]
-    return [found for child in network.children() for found in find_caching_modules(child)]
+        yield name, network
+        return
+    for key, child in network.named_children():
+        yield from _find_overridden_train(child, f"{name}.{key}".lstrip("."))
 
 
 def renew_caches(modules: Iterable[ref[nn.Module]]) -> None:
@@ -30,13 +50,62 @@ def renew_caches(modules: Iterable[ref[nn.Module]]) -> None:
     for reference in modules:
         module = reference()
         if module is not None:
-            restore = prepare_calls(
-                *(partial(vars(each).__setitem__, "training", each.training) for each in module.modules())
-            )
-            training = module.training
-            try:
-                module.train()
-                if not training:
-                    module.train(False)
-            finally:
-                call_all(restore)
+            _switch_modes(module, [True] if module.training else [True, False])
+
+
+def _switch_modes(module: nn.Module, modes: list[bool]) -> None:
+    """Call train(mode) for each of these, and leave every module inside in the mode that it was in."""
+    restore = prepare_calls(*(partial(vars(each).__setitem__, "training", each.training) for each in module.modules()))
+    try:
+        for mode in modes:
+            module.train(mode)
+    finally:
+        call_all(restore)
+
+
+class _ParameterWritten(Exception):
+    pass
+
+
+class _RefuseWrites(TorchDispatchMode):
+    """Raises before an operation writes one of these storages, also through ``.data`` and other views."""
+
+    def __init__(self, storages: Iterable[int]) -> None:
+        super().__init__()
+        self._storages = set(storages)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | (
+            kwargs or {}
+        )
+        for argument in function._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = given.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(tensor, Tensor) and storage_key(tensor) in self._storages:
+                        raise _ParameterWritten
+        return function(*args, **(kwargs or {}))
+
+
+def _writes_parameters(module: nn.Module) -> bool:
+    """Whether train() writes or replaces parameters. If it does, the module is left as it was."""
+    attributes = [(own, dict(own)) for each in module.modules() for own in (vars(each), each._parameters)]
+    held = [(parameter, parameter.data, storage_key(parameter)) for parameter in module.parameters()]
+    # Ends in the mode that the module was in, so that its caches are those of this mode.
+    modes = [False, True] if module.training else [True, False]
+    same = False
+    try:
+        with _RefuseWrites(storage for *_, storage in held):
+            _switch_modes(module, modes)
+        same = [(id(p), storage_key(p)) for p in module.parameters()] == [(id(p), s) for p, _, s in held]
+    except _ParameterWritten:
+        pass
+    finally:  # also after an interrupt
+        if not same:
+            for parameter, data, storage in held:
+                if storage_key(parameter) != storage:
+                    parameter.data = data
+            for own, recorded in attributes:
+                own.clear()
+                own.update(recorded)
+    return not same

@@ -1,31 +1,37 @@
 """The teacher's network: a copy of the student, or a given network with the student's values."""
 
+import dis
 import functools
 import types
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
+from itertools import chain
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ..networks.errors import raise_differences, warn_user
-from ..networks.names import check_network, named_tensors, unwrap
+from ..networks.names import check_network, iterate_names, named_tensors, unwrap
 from ..networks.rules import requested_rule, shared_tensors
 from ..networks.sharding import check_share_with_sharding
-from ..networks.tensors import is_plain
+from ..networks.tensors import is_plain, storage_key
 from ..options import Options
 from .arguments import make_arguments
+from .caching import find_caching_modules
 from .eager import update_lists, update_networks
 
-# How deep a callable is searched for a module that it would call.
-_SEARCH_DEPTH = 6
+# How deep an attribute is searched for a function that holds the student.
+_SEARCH_DEPTH = 8
 
 
 def copy_student(student: nn.Module, options: Options) -> nn.Module:
     """A deep copy of the student that requires no gradients, except for the tensors that it shares with the student.
 
-    Raises TypeError that names the cause if the student cannot be copied, and warns if the copy's forward would call
-    the student.
+    Raises TypeError that names the cause if the student cannot be copied, and warns if the copy would run the student.
     """
     check_network(student)
     student = unwrap(student)
@@ -35,33 +41,30 @@ def copy_student(student: nn.Module, options: Options) -> nn.Module:
             "deepspeed.zero.GatheredParameters of both networks, use EMANTeacher(student, module=another_instance), "
             "where deepspeed.initialize() has been called on that instance too"
         )
+    _check_initialized(student)
     shared = shared_tensors(student, options)
     try:
-        copy = deepcopy(student, {id(tensor): tensor for tensor in shared.values()})
+        # Without no_grad, the parameters of a copied ScriptModule would be results of a recorded computation.
+        with torch.no_grad():
+            copy = deepcopy(student, {id(tensor): tensor for tensor in shared.values()})
     except Exception as error:
         raise TypeError(
             f"the student cannot be deep-copied: {_find_copy_fault(student)} ({type(error).__name__}: {error}). Give "
             "the teacher its own network, built like the student: EMANTeacher(student, module=another_instance)"
         ) from error
-    students = {id(module) for module in student.modules()}
-    for name, module in copy.named_modules():
-        if "forward" in vars(module) and _can_call(vars(module)["forward"], students):
-            warn_user(
-                f"the forward of the student's {name or 'network itself'} was replaced by a function that holds the "
-                "student, and so was the copy's: the teacher would run the student. Patch the teacher's own forward, "
-                "or use EMANTeacher(student, module=another_instance)"
-            )
-    return _disable_gradients(copy, shared)
+    return _prepare_teacher(copy, student, shared)
 
 
 def adopt_module(module: nn.Module, student: nn.Module, options: Options, keep_values: bool) -> nn.Module:
     """The given network, with the student's values unless it is to keep its own."""
     check_network(module)
     check_network(student)
+    _check_initialized(student)
     shared = shared_tensors(student, options)
     module = unwrap(module)
+    _check_initialized(module)
     _share_tensors(module, shared)
-    _disable_gradients(module, shared)
+    _prepare_teacher(module, unwrap(student), shared)
     if keep_values:
         return module
     options = Options(options.rules, options.buffers, options.backend)
@@ -89,12 +92,25 @@ def convert_dtype(module: nn.Module, dtype: torch.dtype, student: nn.Module) -> 
         module._apply(lambda t: t if id(t) in students or not t.is_floating_point() else t.to(dtype))
 
 
-def _disable_gradients(module: nn.Module, shared: Mapping[str, Tensor]) -> nn.Module:
+def _prepare_teacher(module: nn.Module, student: nn.Module, shared: Mapping[str, Tensor]) -> nn.Module:
+    """Disable gradients, except for shared tensors. Raises ValueError if the modes of the network cannot be switched,
+    and warns if it would run the student."""
+    find_caching_modules(module)  # before eval() is called
     shared_ids = set(map(id, shared.values()))
     for parameter in module.parameters():
         if id(parameter) not in shared_ids:
             parameter.requires_grad_(False)
+    _warn_of_held_student(module, student)
     return module
+
+
+def _check_initialized(network: nn.Module) -> None:
+    """Raises ValueError if the network has lazy tensors, which have no shape yet."""
+    for name, tensor in iterate_names(network):
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise ValueError(
+                f"{name} is lazy and has no shape yet: run one forward pass of the network before the teacher is made"
+            )
 
 
 def _share_tensors(module: nn.Module, shared: Mapping[str, Tensor]) -> None:
@@ -139,26 +155,68 @@ def _find_copy_fault(student: nn.Module) -> str:
     return "a module refuses to be copied"
 
 
-def _can_call(thing: object, modules: set[int], depth: int = _SEARCH_DEPTH) -> bool:
-    """Whether a callable holds one of these modules: bound, closed over, as a default, or wrapped."""
-    if id(thing) in modules:
-        return True
-    if depth == 0 or isinstance(thing, nn.Module | type):
-        return False
-    inner: list[object] = []
+def _warn_of_held_student(module: nn.Module, student: nn.Module) -> None:
+    """Warn if a function held by the teacher's modules reaches a module or tensor of the student: deepcopy leaves
+    functions, with what they close over, and weak references as they are."""
+    held = set(_iterate_keys(student)) - set(_iterate_keys(module))
+    names = [
+        f"{name}.{attribute}".lstrip(".")
+        for name, child in module.named_modules()
+        for attribute, value in vars(child).items()
+        if attribute not in ("_parameters", "_buffers", "_modules") and _reaches(value, held)
+    ]
+    if names:
+        warn_user(
+            f"the teacher's {', '.join(names[:3])} holds a function that refers to modules or tensors of the student, "
+            "so the teacher would run the student. Make it a method of the class, set the teacher's own, or use "
+            "EMANTeacher(student, module=another_instance)"
+        )
+
+
+def _iterate_keys(network: nn.Module) -> Iterator[int]:
+    """Identify the modules and the storages of a network."""
+    yield from map(id, network.modules())
+    yield from map(storage_key, chain(network.parameters(), network.buffers()))
+
+
+def _reaches(root: object, held: set[int]) -> bool:
+    """Whether one of these modules or storages can be reached. Searched breadth first."""
+    seen: dict[int, object] = {}
+    level = [root]
+    for _ in range(_SEARCH_DEPTH):
+        level = [thing for thing in level if id(thing) not in seen]
+        seen.update((id(thing), thing) for thing in level)
+        for thing in level:
+            keys = _iterate_keys(thing) if isinstance(thing, nn.Module) else ()
+            if not held.isdisjoint([storage_key(thing)] if isinstance(thing, Tensor) else keys):
+                return True
+        level = [inner for thing in level for inner in _contents(thing)]
+    return False
+
+
+def _contents(thing: object) -> Iterable[object]:
+    """What an object holds, and what a function closes over, is bound to, or reads as a global network or tensor."""
+    if isinstance(thing, nn.Module | Tensor | type | types.ModuleType):
+        return ()
+    if isinstance(thing, dict):
+        return thing.values()
+    if isinstance(thing, list | tuple | set | frozenset | deque):
+        return thing
     if isinstance(thing, types.MethodType):
-        inner = [thing.__self__, thing.__func__]
-    elif isinstance(thing, functools.partial):
-        inner = [thing.func, *thing.args, *thing.keywords.values()]
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, types.BuiltinFunctionType | types.MethodWrapperType):
+        return (thing.__self__,)
+    if isinstance(thing, ReferenceType):
+        return (thing(),)
+    inner = list(getattr(thing, "__dict__", {}).values())  # __wrapped__ among them
+    if isinstance(thing, functools.partial):
+        inner += [thing.func, *thing.args, *thing.keywords.values()]
     elif isinstance(thing, types.FunctionType):
         for cell in thing.__closure__ or ():
-            try:
+            with suppress(ValueError):  # not assigned yet
                 inner.append(cell.cell_contents)
-            except ValueError:  # not assigned yet
-                continue
-        inner += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values(), *vars(thing).values()]
-    elif isinstance(thing, list | tuple):
-        inner = list(thing)
-    elif callable(thing):
-        inner = list(getattr(thing, "__dict__", {}).values())
-    return any(_can_call(each, modules, depth - 1) for each in inner)
+        inner += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        names = {step.argval for step in dis.get_instructions(thing) if step.opname == "LOAD_GLOBAL"}
+        read = (thing.__globals__.get(name) for name in names)
+        inner += [value for value in read if isinstance(value, nn.Module | Tensor)]
+    return inner

@@ -251,8 +251,8 @@ FAULTS = [
     Fault("_materialize", "tensor = tensor.full_tensor()", "pass", "test_distributed.py -k norm"),
     Fault("_materialize", "if not is_plain(tensor)", "if False", "test_functional.py"),
     Fault("_materialize", ".resolve_conj().resolve_neg()", "", "test_situations.py"),
-    Fault("renew_caches", "module.train()", "pass", "test_swapping.py"),
-    Fault("renew_caches", "call_all(restore)", "pass", "test_swapping.py"),
+    Fault("_switch_modes", "module.train(mode)", "pass", "test_swapping.py"),
+    Fault("_switch_modes", "call_all(restore)", "pass", "test_swapping.py"),
     Fault("uninterrupted", "call_all(map(_call, calls))", "[call() for call in calls]", "test_interrupts.py"),
     Fault("hold_locks", "call_all(releases)", "pass", "test_interrupts.py test_swapping.py"),
     # ------------------------------------------------------------ staging

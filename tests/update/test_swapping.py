@@ -160,6 +160,43 @@ def fail_within(teacher, student, change):
         1 / 0  # noqa: B018
 
 
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_a_tensor_that_is_removed_during_a_swap(student, teacher, whose):
+    """There is nothing to give its value back to; every other tensor gets its own."""
+    own, theirs = values(teacher.module), values(student)
+    with teacher.swapped(student):
+        del (teacher.module if whose == "teacher" else student)[0]._parameters["bias"]
+    (own if whose == "teacher" else theirs).pop("0.bias")
+    assert_values(teacher.module, own)
+    assert_values(student, theirs)
+
+
+class Holding(nn.Module):
+    """A buffer is another view of the weight's memory."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("held", view(self.weight.data))
+
+
+@pytest.mark.parametrize("view", [lambda weight: weight, lambda weight: weight.view(-1), lambda weight: weight[0]])
+def test_a_student_that_holds_one_memory_twice(view):
+    student = Holding(view)
+    teacher = EMANTeacher(student, 0.5)
+    before = values(student)
+    with pytest.raises(
+        ValueError, match=r"^the student's \w+ and the student's \w+ share memory; one of them"
+    ) as error:
+        teacher.swap(student)
+    assert "teacher" not in str(error.value)
+    assert_values(student, before)
+    student.held = student.held.clone()  # the remedy in the message
+    teacher.swap(student)
+    teacher.swap_back()
+    assert_values(student, before)
+
+
 def test_the_users_exception_is_not_replaced(student, teacher):
     own = values(teacher.module)
     with pytest.raises(ZeroDivisionError):
@@ -547,3 +584,96 @@ def test_models_that_only_forward_the_mode_are_not_caching():
     assert not find_caching_modules(model)
     model.encoder.add_module("caching", Caching(2, 2))
     assert [reference() for reference in find_caching_modules(model)] == [model.encoder.caching]
+
+
+# ---------------------------------------------------------------- train() that changes weights
+
+
+class Merging(nn.Linear):
+    """loralib's layer: in eval mode its low-rank part is in the weight."""
+
+    merged = False
+
+    def __init__(self):
+        super().__init__(1, 1, bias=False)
+        self.low = nn.Parameter(torch.zeros(1, 1))  # as loralib starts: merging it changes no value
+        nn.init.ones_(self.weight)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.written(-self.low if self.merged else self.low)
+            self.merged = not mode
+        return self
+
+
+def subtract(layer, delta):
+    layer.weight.data -= -delta
+
+
+def add_without_gradients(layer, delta):
+    with torch.no_grad():
+        layer.weight.add_(delta)
+
+
+def add_to_the_out_argument(layer, delta):
+    with torch.no_grad():
+        torch.add(layer.weight, delta, out=layer.weight)
+
+
+def add_to_a_list(layer, delta):
+    torch._foreach_add_([layer.weight.detach()], [delta.detach()])
+
+
+def set_the_data(layer, delta):
+    layer.weight.data = layer.weight.data + delta
+
+
+def replace_the_parameter(layer, delta):
+    layer.weight = nn.Parameter(layer.weight + delta)
+
+
+WRITES = [subtract, add_without_gradients, add_to_the_out_argument, add_to_a_list, set_the_data, replace_the_parameter]
+
+
+def merging(written, layer=None):
+    return nn.Sequential(
+        type("Merging", (Merging,), {"written": written})() if layer is None else layer, nn.Dropout(0.5)
+    )
+
+
+def snapshot(network):
+    tensors = [(id(tensor), tensor.data_ptr(), tensor.item(), tensor._version) for tensor in network.parameters()]
+    return tensors, [module.training for module in network.modules()], vars(network[0]).get("merged")
+
+
+@pytest.mark.parametrize("written", WRITES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("low", [0.0, 2.0])
+def test_train_that_writes_parameters_is_refused(written, training, low):
+    student = merging(written)
+    student[0].low.data.fill_(low)
+    student.train(training)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    before = snapshot(student), snapshot(teacher)
+    for act in (
+        lambda: EMANTeacher(student),
+        lambda: EMANTeacher(student, rules={"*.weight": "share"}),
+        lambda: EMANTeacher(student, module=teacher, keep_values=True),
+        lambda: eman_update_(teacher, student, 0.0),
+        lambda: swapped(teacher, student).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"train\(\) of 0 \(Merging\) changes parameters.*merge_weights=False"):
+            act()
+        assert (snapshot(student), snapshot(teacher)) == before
+
+
+def test_a_layer_that_merges_and_was_added_later():
+    student = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Dropout(0.5))
+    teacher = EMANTeacher(student, 0.5)
+    teacher.update(student)
+    student[0], teacher.module[0] = merging(subtract)[0], merging(subtract)[0].requires_grad_(False)
+    before = values(teacher.module)
+    with pytest.raises(ValueError, match="changes parameters"):
+        teacher.update(student)
+    assert_values(teacher.module, before)

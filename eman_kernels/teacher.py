@@ -1,35 +1,29 @@
 """EMANTeacher, the teacher as a module, and EMANTeachers, several teachers of one student."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import unwrap as undecorated
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from .options import Nonfinite, Options, Rounding, Rule, SyncBuffers, TeacherOptions, make_options
 from .plan.chunks import MAX_TEACHERS
 from .update.arguments import check_momentum, check_seed
-from .update.copying import adopt_module, convert_dtype, copy_student
+from .update.caching import separate_caches
+from .update.copying import adopt_module, apply_keeping_dtype, convert_dtype, copy_student
 from .update.dispatch import update_teachers
 from .update.following import follow_optimizer
-from .update.loading import all_or_nothing, check_any_name_matches, fill_in_step
-from .update.low_precision import check_cast, tensors_to_cast
+from .update.loading import all_or_nothing, fill_in_step, keep_dtypes, renew_caches_after_load
+from .update.low_precision import check_cast, forward_in_low_precision
 from .update.state import Momentum, OptionAttribute, StateAttribute, TeacherState
+from .update.statistics import find_pending_norms, will_estimate
 from .update.swapping import Exchange, Swapped
-
-# The code of update_bn itself, without torch.no_grad's wrapper.
-_UPDATE_BN = undecorated(update_bn).__code__
 
 
 class EMANTeacher(nn.Module):
@@ -129,6 +123,7 @@ class EMANTeacher(nn.Module):
         check_cast(self.module, cast)
         self.dtype = dtype
         self.state = TeacherState(momentum, options, seed, cast, capturable)
+        self.register_load_state_dict_post_hook(renew_caches_after_load)
         self.eval()
 
     @property
@@ -245,67 +240,66 @@ class EMANTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, without gradients. For gradients to the input, call ``teacher.module``."""
-        cast = self.state.cast
-        if cast is None:
+        state = self.state
+        if state.pending_norms and (estimates := will_estimate(state.pending_norms)) != self.training:
+            super().train(estimates)
+        traced = torch.compiler.is_compiling()
+        caching = [] if traced else state.renew_stale_caches(self.module)
+        if state.cast is None:
             return self.module(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            # A graph cannot check whether the copy is stale. It casts what it reads, and so is never stale.
-            low = {name: tensor.to(dtype) for name, tensor, dtype in tensors_to_cast(self.module, cast)}
-        else:
-            low = self.state.refresh_low_precision(self.module).tensors
-        args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.is_floating_point() else t, (args, kwargs))
-        return functional_call(self.module, low, args, kwargs, tie_weights=False)
+        if traced:  # not within a `with`, in which a graph break would make the whole call eager
+            return forward_in_low_precision(self.module, None, state.cast, (args, kwargs))
+        copy = state.refresh_low_precision(self.module)
+        with separate_caches(self.module, caching):
+            return forward_in_low_precision(self.module, copy, state.cast, (args, kwargs))
 
     def refresh(self) -> None:
-        """Refresh the low-precision copy of ``cast``.
+        """Refresh the low-precision copy of ``cast``, and what modules have cached.
 
         Needed only after writes to the teacher that torch does not track: ``p.data.copy_()``, ``p.data.mul_()`` and the
         like, collectives such as ``torch.distributed.broadcast(p, 0)``, NumPy views, custom kernels. In-place
         operations, ``load_state_dict``, ``.to()``, ``swapped``, new tensors and new layers are tracked. Never needed
         under ``torch.compile``, where the graph casts the teacher itself.
         """
+        self.state.caches = None
         if self.state.low_precision is not None:
             self.state.low_precision.mark_stale()
             self.state.low_precision.follow(self.module)
 
     def train(self, mode: bool = True) -> "EMANTeacher":
         """Stays in eval mode whatever the mode: the teacher's BatchNorm never normalizes with its own batch. The
-        exception is ``torch.optim.swa_utils.update_bn(loader, teacher)``, which has just reset the statistics to
-        estimate them again."""
-        return super().train(mode and sys._getframe(1).f_code is _UPDATE_BN)
+        exception is ``torch.optim.swa_utils.update_bn`` of the teacher or a wrapper around it: calls of the teacher
+        are in training mode while its statistics are being estimated again."""
+        self.state.pending_norms = find_pending_norms(self.module, self.state.step) if mode else []
+        return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "EMANTeacher":
-        if self.dtype is None:
-            return super()._apply(fn, *args, **kwargs)
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
-
-        return super()._apply(keep_dtype, *args, **kwargs)
+        return super()._apply(fn if self.dtype is None else partial(apply_keeping_dtype, fn), *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Like that of any module. While swapped it contains copies of the teacher's own values."""
-        state = super().state_dict(*args, **kwargs)
-        if (exchange := self.state.lock.exchange) is not None:
-            prefix = (args[1] if len(args) > 1 else kwargs.get("prefix", "")) + "module."
-            exchange.restore_in_state_dict(state, prefix)
-        return state
+        save = partial(super().state_dict, *args, **kwargs)
+        exchange = self.state.lock.exchange  # read once, because another thread may end it
+        return save() if exchange is None else exchange.save_own_values(save)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Like that of any module, but all or nothing: if it raises, the teacher and its step are unchanged.
+        """Like that of any module, but all or nothing: if it raises, the teacher and its step are unchanged. With
+        ``assign=True`` a teacher with ``dtype`` keeps that dtype.
 
         Raises RuntimeError if no name matches, even with ``strict=False``, or while the teacher is swapped.
         """
-        check_any_name_matches(self.module, state_dict)
-        with all_or_nothing(self, [self.state]):
+        with all_or_nothing(self, [self.state], state_dict):
             return super().load_state_dict(state_dict, strict, assign)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any
+    ) -> None:
         if self.is_swapped:
             raise RuntimeError("the teacher is swapped with its student: load after the swap has ended")
         fill_in_step(state_dict, prefix, self.state)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.dtype is not None and metadata.get("assign_to_params_buffers"):
+            keep_dtypes(self.module, self.dtype, state_dict, prefix + "module.")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
         if any(name.startswith(prefix + "module.") for name in state_dict):
             self.state.lock.unrestored = ""
 
@@ -370,7 +364,7 @@ class EMANTeachers(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Like that of any module, but all or nothing, as for EMANTeacher."""
-        with all_or_nothing(self, [teacher.state for teacher in self]):
+        with all_or_nothing(self, [teacher.state for teacher in self], state_dict):
             return super().load_state_dict(state_dict, strict, assign)
 
     @property

@@ -676,6 +676,115 @@ def test_update_bn():
     assert not any(module.training for module in teacher.modules())
 
 
+class Wrapper(nn.Module):
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, x):
+        return self.teacher(x)
+
+
+WRAPPERS = {
+    "none": lambda teacher: teacher,
+    "DataParallel": nn.DataParallel,
+    "Sequential": nn.Sequential,
+    "a module": Wrapper,
+    "two": lambda teacher: Wrapper(nn.DataParallel(teacher)),
+    "compiled": lambda teacher: torch.compile(teacher, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_update_bn_of_a_wrapper(wrap, dtype, momentum):
+    """dtype: of the BatchNorm of a teacher that runs in bfloat16; None: without cast."""
+    student = trained(net())
+    student[1].momentum = momentum
+    loader = [torch.randn(16, 4) * 3 + 1 for _ in range(4)]
+    teacher = EMANTeacher(student.to(torch.float64 if dtype == torch.float64 else torch.float32), 0.5)
+    teacher.update(student)
+    expected = copy.deepcopy(teacher.module).float()
+    update_bn(loader, expected)
+    if dtype is not None:
+        teacher.cast = torch.bfloat16
+        teacher.module[1].to(dtype)
+    wrapped = wrap(copy.deepcopy(teacher))
+    update_bn(loader, wrapped)
+    (teacher,) = (module for module in wrapped.modules() if isinstance(module, EMANTeacher))
+    norm = teacher.module[1]
+    near = {"rtol": 0, "atol": 0} if dtype is None else {"rtol": 0.03, "atol": 0.1}
+    for name, buffer in expected[1].named_buffers():
+        torch.testing.assert_close(getattr(norm, name), buffer, check_dtype=dtype is None, **near)
+    assert (norm.momentum, int(norm.num_batches_tracked)) == (momentum, 4)
+    wrapped.train()
+    wrapped(loader[0])
+    assert norm.num_batches_tracked == 4
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_update_bn_of_several_teachers():
+    student = trained(net())
+    teachers = EMANTeachers(student, [0.5, 0.9])
+    teachers.update(student)
+    expected = copy.deepcopy(teachers[1].module)
+    loader = [torch.randn(16, 4) for _ in range(3)]
+    update_bn(loader, expected)
+    update_bn(loader, teachers)
+    torch.testing.assert_close([*teachers[1].buffers()], [*expected.buffers()], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_were_never_estimated_are_not_taken_for_reset(momentum):
+    student = net()
+    student[1].momentum = momentum
+    teacher = EMANTeacher(student)
+    parent = Wrapper(teacher).train()
+    parent(torch.randn(8, 4))
+    assert not any(module.training for module in teacher.modules())
+    assert teacher.module[1].num_batches_tracked == 0
+
+
+class WithExtraState(nn.Linear):
+    """Counts in a dict, which its extra state is, and remembers that it was loaded."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.counts, self.loaded = {"steps": 1}, False
+
+    def get_extra_state(self):
+        return self.counts
+
+    def set_extra_state(self, state):
+        self.counts.update(state)
+
+    def _load_from_state_dict(self, *args):
+        self.loaded = True
+        super()._load_from_state_dict(*args)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_load_that_fails_restores_extra_states_too(several):
+    student = nn.Sequential(WithExtraState(), nn.Linear(2, 2))
+    teacher = EMANTeachers(student, [0.5]) if several else EMANTeacher(student, 0.5)
+    teacher.update(student)
+    state = {name: copy.deepcopy(value) for name, value in teacher.state_dict().items()}
+    prefix = "teachers.0.module." if several else "module."
+    state[prefix + "0._extra_state"]["steps"] = 5
+    state[prefix + "1.weight"] = torch.ones(3, 3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        teacher.load_state_dict(state)
+    first = (teacher[0] if several else teacher).module[0]
+    assert first.counts == {"steps": 1}
+    assert not first.loaded
+    assert "_load_state_dict_post_hooks" in vars(first)
+    state[prefix + "1.weight"] = torch.ones(2, 2)
+    teacher.load_state_dict(state)
+    assert first.counts == {"steps": 5}
+    assert first.loaded
+
+
 def test_loading_that_matches_nothing():
     student = trained(net())
     teacher = EMANTeacher(student)

@@ -5,6 +5,7 @@ import io
 import operator
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -831,3 +832,160 @@ def test_bad_arguments(student):
         EMANTeacher(student, backend="quick")
     with pytest.raises(ValueError, match=r"floating-point dtype, but is torch\.int8"):
         EMANTeacher(student, dtype=torch.int8)
+
+
+# ---------------------------------------------------------------- what a low-precision forward writes
+
+
+class Writes(nn.Module):
+    """Writes its buffers, and a parameter, in the forward: in place or by assignment."""
+
+    def __init__(self, assign):
+        super().__init__()
+        self.assign = assign
+        self.layer = nn.Linear(4, 4)
+        self.codes = nn.Parameter(torch.full((4,), 1 / 3))
+        for name, value in (("count", torch.zeros(())), ("largest", torch.zeros(1)), ("seen", torch.full((2,), 1 / 3))):
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.assign:
+                self.count = self.count + 1
+                self.largest = torch.maximum(self.largest, x.max())
+                self.seen = torch.stack([self.seen[0] + 1, self.seen[1]])
+            else:
+                self.count += 1
+                self.largest.clamp_(min=x.max())
+                self.seen[0] += 1
+                self.codes[0] = 5
+        return self.layer(x) + self.codes
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("how", ["eager", "inference", "compiled"])
+def test_a_low_precision_forward_keeps_what_it_writes(assign, how):
+    if how == "compiled":
+        torch.compiler.reset()  # another test of this process may have made torch skip the frame
+    student = Writes(assign)
+    teacher = EMANTeacher(student, 1.0, cast=torch.bfloat16)
+    buffers = [id(buffer) for buffer in teacher.buffers()]
+    run = torch.compile(teacher, backend="eager", fullgraph=True) if how == "compiled" else teacher
+    with torch.inference_mode(how == "inference"):
+        run(torch.ones(1, 4))
+        run(torch.full((1, 4), 3.0))
+    module = teacher.module
+    assert (module.count, module.largest) == (2, 3)
+    assert torch.allclose(module.seen, torch.tensor([7 / 3, 1 / 3]), atol=0.02)
+    assert module.seen[1] == torch.tensor(1 / 3)  # what is not written is not rounded either
+    assert all(t.dtype == torch.float32 for t in teacher.module.state_dict().values())
+    assert [id(buffer) for buffer in teacher.buffers()] == buffers
+    if not assign and how != "compiled":
+        assert torch.equal(module.codes, torch.tensor([5.0, 1 / 3, 1 / 3, 1 / 3]))
+    teacher.update(student)
+    assert module.count == 2
+
+
+def test_a_buffer_that_a_low_precision_forward_enlarges():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("seen", torch.zeros(0, 2))
+
+        def forward(self, x):
+            self.seen = torch.cat([self.seen, x])
+            return self.layer(x)
+
+    teacher = EMANTeacher(Grows(), cast=torch.bfloat16)
+    for n in (1, 2):
+        teacher(torch.ones(1, 2))
+        assert torch.equal(teacher.module.seen, torch.ones(n, 2))
+
+
+def test_a_low_precision_forward_that_raises_keeps_what_it_wrote():
+    class Raises(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            raise ArithmeticError
+
+    teacher = EMANTeacher(Raises(), cast=torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(ArithmeticError):
+            teacher(torch.ones(1, 2))
+    assert teacher.module.count == 2
+
+
+def test_torch_jit_trace_with_a_copy(student):
+    teacher, x = EMANTeacher(student, cast=torch.bfloat16), torch.randn(2, 3, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match=r"cast=.*deepcopy\(teacher\.module\)\.to"):
+            torch.jit.trace(teacher, x)
+    low = copy.deepcopy(teacher.module).to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(low, x.bfloat16())
+    torch.testing.assert_close(traced(x.bfloat16()), teacher(x), rtol=0.1, atol=0.1)
+    assert teacher.cast is torch.bfloat16
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("angles", torch.polar(torch.ones(3), torch.arange(3.0)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "of_complex"),
+    [
+        (torch.float64, torch.complex128),
+        (torch.float32, torch.complex64),
+        (torch.bfloat16, torch.complex64),
+        (torch.float16, torch.complex64),
+    ],
+)
+def test_complex_tensors_stay_complex(dtype, of_complex, shared):
+    student = Rotary()
+    teacher = EMANTeacher(student, 0.5, dtype=dtype, rules={"layer.bias": "share"} if shared else None)
+    module = teacher.module
+    assert module.weight.dtype == module.angles.dtype == of_complex
+    assert module.layer.weight.dtype == dtype
+    assert torch.equal(module.angles, student.angles.to(of_complex))
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        student.weight.add_(1 + 1j)
+    teacher.update(student)
+    torch.testing.assert_close(module.weight.detach(), before + (0.5 + 0.5j))
+    teacher.to(torch.bfloat16)
+    assert module.weight.dtype == of_complex
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_float32_teacher_stays_float32_when_tensors_are_assigned(student, several, within):
+    student = student.bfloat16()
+    teacher = EMANTeacher(student, 0.5, dtype=torch.float32)
+    if several:
+        teacher = EMANTeachers(student, [0.5], dtype=torch.float32)
+    holder = nn.ModuleDict({"teacher": teacher}) if within else teacher
+    state = {n: t.bfloat16() * 3 if t.is_floating_point() else t for n, t in holder.state_dict().items()}
+    holder.load_state_dict(state, assign=True)
+    for name, tensor in holder.state_dict().items():
+        assert torch.equal(tensor, state[name].float() if state[name].is_floating_point() else state[name]), name
+        assert tensor.dtype != torch.bfloat16, name
+    teacher.update(student)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    plain = EMANTeacher(student)
+    plain.load_state_dict({name: t.half() for name, t in plain.state_dict().items()}, assign=True)
+    assert {p.dtype for p in plain.parameters()} == {torch.float16}

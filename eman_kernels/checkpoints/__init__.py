@@ -83,7 +83,7 @@ def load_ema_checkpoint(
     part = _choose_part(names, leaves, key, prefix, index)
     found = part.found if step is None else Recognised(part.found.layout, part.found.prefix, step, part.found.kept)
     if not isinstance(teacher := unwrap(teacher), EMANTeacher):
-        with all_or_nothing(network, []):
+        with all_or_nothing(network, [], part.tensors):
             network.load_state_dict(part.tensors)
         return found
     if found.step is None and needs_step(teacher.state):

@@ -1,10 +1,11 @@
-"""Modules that cache values derived from their weights in eval mode; an update makes the cache stale.
+"""Modules that cache values derived from their weights in eval mode; any write to the weights makes the cache stale.
 
 timm's LeViT, TinyViT and EfficientFormer cache attention biases, and drop or renew them in ``train(mode)``: up to
 1.0.29 in ``train(True)`` only.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -109,3 +110,38 @@ def _writes_parameters(module: nn.Module) -> bool:
                 own.clear()
                 own.update(recorded)
     return not same
+
+
+@contextmanager
+def separate_caches(network: nn.Module, modules: list[ref[nn.Module]]) -> Iterator[None]:
+    """For a call of the network with other tensors in place of its own: caches neither enter nor leave this context."""
+    if not modules:
+        yield
+        return
+    # As a hook, because train() itself may derive the cache from the tensors that the modules hold then.
+    handle = network.register_forward_pre_hook(lambda *_: renew_caches(modules))
+    try:
+        yield
+    finally:
+        handle.remove()
+        renew_caches(modules)
+
+
+class CacheGuard:
+    """The caching modules of a network, and the versions of their tensors when their caches were last renewed."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = ref(network)
+        self.modules = find_caching_modules(network)
+        self._versions: list[tuple[int, int | None]] | None = None
+
+    def renew_if_stale(self) -> None:
+        """Renew the caches if a tensor was written or replaced since, except for writes that torch does not track."""
+        if self._versions is None or self._versions != self._current_versions():
+            renew_caches(self.modules)
+            self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[tuple[int, int | None]]:
+        modules = [module for reference in self.modules if (module := reference()) is not None]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in tensors]

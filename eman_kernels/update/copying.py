@@ -4,7 +4,7 @@ import dis
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain
@@ -84,12 +84,31 @@ def adopt_module(module: nn.Module, student: nn.Module, options: Options, keep_v
 
 
 def convert_dtype(module: nn.Module, dtype: torch.dtype, student: nn.Module) -> None:
-    """Convert the floating-point tensors that are not shared with the student."""
+    """Convert the floating-point and complex tensors that are not shared with the student."""
     students = set(map(id, [*student.parameters(), *student.buffers()]))
-    if not any(id(tensor) in students for tensor in [*module.parameters(), *module.buffers()]):
+    # Module.to() would take the imaginary parts away.
+    if not any(id(t) in students or t.is_complex() for t in [*module.parameters(), *module.buffers()]):
         module.to(dtype)
     else:
-        module._apply(lambda t: t if id(t) in students or not t.is_floating_point() else t.to(dtype))
+        module._apply(lambda t: t if id(t) in students else t.to(dtype_of_kind(t, dtype)))
+
+
+def dtype_of_kind(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype for the tensor in a network of this floating-point dtype: complex tensors stay complex, and integer
+    tensors as they are."""
+    if tensor.is_complex():
+        return dtype if dtype.is_complex else torch.complex128 if dtype == torch.float64 else torch.complex64
+    return dtype if tensor.is_floating_point() and dtype.is_floating_point else tensor.dtype
+
+
+def apply_keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn(tensor), as in Module._apply, but if fn would change the dtype, the tensor is only moved to another device."""
+    if tensor.is_complex():
+        probe = tensor.new_empty(0, dtype=tensor.dtype.to_real())  # a cast would take the imaginary part away
+        new = fn(probe)
+        return fn(tensor) if new.dtype == probe.dtype else tensor.to(new.device)
+    new = fn(tensor)
+    return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
 
 def _prepare_teacher(module: nn.Module, student: nn.Module, shared: Mapping[str, Tensor]) -> nn.Module:

@@ -2,30 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..networks.errors import warn_user
 from ..networks.names import iterate_names
+from .caching import find_caching_modules, renew_caches
+from .copying import dtype_of_kind
 from .state import TeacherState
 
 # Schedules are compared at these steps.
 _STEPS = (0, *(10**n for n in range(8)))
-
-
-def check_any_name_matches(network: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Raises RuntimeError if a teacher's state_dict has no name of this network."""
-    own = {f"module.{name}" for name, _ in iterate_names(network)}
-    if own and not own & state_dict.keys():
-        raise RuntimeError(
-            "nothing was loaded: no name of the teacher is in the state_dict, which has "
-            f"{', '.join(list(state_dict)[:3]) or 'none'}; the teacher has {', '.join(sorted(own)[:3])}. Load the "
-            "state_dict of a plain network by load_ema_checkpoint(teacher, state_dict)"
-        )
 
 
 def needs_step(state: TeacherState) -> bool:
@@ -53,16 +45,82 @@ def fill_in_step(state_dict: dict[str, Any], prefix: str, state: TeacherState) -
 
 
 @contextmanager
-def all_or_nothing(module: nn.Module, states: Iterable[TeacherState]) -> Iterator[None]:
-    """If loading into the module raises, restore it and the steps of the teachers in it."""
+def all_or_nothing(module: nn.Module, states: Iterable[TeacherState], state_dict: Mapping[str, Any]) -> Iterator[None]:
+    """If loading this state_dict into the module raises, or loads no tensor, restore the module and the teachers in it.
+
+    Raises RuntimeError if no tensor was loaded.
+    """
     recorded = [(state, int(state.step), state.lock.unrestored) for state in states]
+
+    # Hooks may rename what state_dict holds, so torch's loading itself reports what was missing.
+    def check_anything_loaded(module: nn.Module, keys: Any) -> None:
+        own = set(_iterate_saved_names(module))
+        if own and own <= {*keys.missing_keys}:
+            raise RuntimeError(
+                "nothing was loaded: no name of the teacher is in the state_dict, which has "
+                f"{', '.join(list(state_dict)[:3]) or 'none'}; the teacher has {', '.join(sorted(own)[:3])}. Load the "
+                "state_dict of a plain network by load_ema_checkpoint(teacher, state_dict)"
+            )
+
+    handle = module.register_load_state_dict_post_hook(check_anything_loaded)
     try:
-        with _restore_tensors_on_error(module):
+        with _restore_extra_states_on_error(module), _restore_tensors_on_error(module):
             yield
     except BaseException:
         for state, step, unrestored in recorded:
             state.set_step(step)
             state.lock.unrestored = unrestored
+        raise
+    finally:
+        handle.remove()
+
+
+def keep_dtypes(network: nn.Module, dtype: torch.dtype, state_dict: dict[str, Any], prefix: str) -> None:
+    """Convert the values of a state_dict that will replace the network's tensors to the dtypes of those tensors.
+
+    Values whose name is not one of the network's, which a hook may rename, get the given dtype. prefix: of the
+    network's names.
+    """
+    own = {prefix + name: tensor.dtype for name, tensor in iterate_names(network)}
+    for name, value in state_dict.items():
+        if name.startswith(prefix) and isinstance(value, Tensor):
+            state_dict[name] = value.to(dtype_of_kind(value, own.get(name, dtype)))
+
+
+def renew_caches_after_load(teacher: nn.Module, _: object) -> None:
+    """A post-hook of load_state_dict: what the teacher's modules have cached was derived from other values."""
+    renew_caches(find_caching_modules(teacher.module))
+
+
+def _iterate_saved_names(module: nn.Module) -> Iterator[str]:
+    """The names of the module's tensors while it loads. num_batches_tracked is left out, because BatchNorm never
+    reports it as missing from a state_dict without versions."""
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        skipped = child._non_persistent_buffers_set | {"num_batches_tracked"}
+        for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
+            if tensor is not None and name not in skipped:
+                yield f"{prefix}.{name}".lstrip(".")
+
+
+@contextmanager
+def _restore_extra_states_on_error(module: nn.Module) -> Iterator[None]:
+    """Attributes too, which a child's own set_extra_state or _load_from_state_dict may assign."""
+    held = [(attributes, dict(attributes)) for attributes in map(vars, module.modules())]
+    modules = [(attributes, dict(attributes)) for attributes in (child._modules for child in module.modules())]
+    extra = [
+        (child, deepcopy(child.get_extra_state()))
+        for child in module.modules()
+        if type(child).get_extra_state is not nn.Module.get_extra_state
+    ]
+    try:
+        yield
+    except BaseException:
+        for attributes, recorded in [*held, *modules]:
+            for name in attributes.keys() - recorded.keys():
+                del attributes[name]
+            attributes.update(recorded)
+        for child, state in extra:
+            child.set_extra_state(state)
         raise
 
 

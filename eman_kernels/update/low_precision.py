@@ -3,11 +3,15 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from ..networks.guards import Guards
 from ..networks.sharding import check_cast_with_sharding
@@ -27,6 +31,7 @@ class LowPrecisionCopy:
         self.dtype = dtype
         self.tensors: dict[str, Tensor] = {}  # by one name per module that holds the source tensor
         self.copies: list[Tensor] = []  # each once
+        self._statistics: list[tuple[ref[nn.Module], int]] = []  # BatchNorms with the index of a copy of a buffer
         self._guards: Guards | None = None
         self._recorded = _record_versions([])
 
@@ -60,6 +65,26 @@ class LowPrecisionCopy:
             torch._foreach_copy_(copies, sources)
         self._recorded = _record_versions(masters)
 
+    def run(self, master: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The output of the network with the copies in place of its tensors.
+
+        What the forward itself writes (counters, codebooks, running ranges) is written back to the network.
+        """
+        masters = self.follow(master)
+        versions = list(map(_versions, self.copies))
+        substituted = dict(self.tensors)
+        try:
+            return functional_call(master, substituted, args, kwargs, tie_weights=False)
+        finally:
+            written = {i for i, copy in enumerate(self.copies) if copy._version != versions[i]}
+            # batch_norm does not increment the versions of the statistics that it writes.
+            written |= {i for norm, i in self._statistics if (module := norm()) is not None and module.training}
+            for i in written:
+                write_changes(masters[i], self.copies[i])
+            for name, tensor in substituted.items():
+                if tensor is not self.tensors[name]:
+                    assign_back(master, name, tensor, self.tensors[name].dtype)
+
     def mark_written(self, masters: Sequence[Tensor], which: Sequence[int]) -> None:
         """These source tensors have been written together with their copies."""
         _, versions, _ = self._recorded
@@ -77,6 +102,7 @@ class LowPrecisionCopy:
         index_of = {id(tensor): index for index, tensor in enumerate(found)}
         copies: dict[tuple[int, torch.dtype], Tensor] = {}
         tensors: dict[str, Tensor] = {}
+        norms = {id(buffer): ref(m) for m in master.modules() if isinstance(m, _BatchNorm) for buffer in m.buffers()}
         # In inference mode the new tensors could not be written after it has ended.
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor, dtype in tensors_to_cast(master, self.dtype):
@@ -87,7 +113,8 @@ class LowPrecisionCopy:
         indices, made = [index_of[key] for key, _ in copies], list(copies.values())
         masters = [found[i] for i in indices]
         # In one statement, so that an interrupt does not leave some of them inconsistent with the others.
-        self._guards, self._indices, self.tensors, self.copies, self._recorded = (
+        self._statistics, self._guards, self._indices, self.tensors, self.copies, self._recorded = (
+            [(norms[key], i) for i, (key, _) in enumerate(copies) if key in norms],
             guards,
             indices,
             tensors,
@@ -105,6 +132,53 @@ def _record_versions(masters: Sequence[Tensor]) -> tuple[list[int], list[int], l
     """
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in masters]
     return list(map(id, masters)), list(map(_versions, masters)), storages
+
+
+def forward_in_low_precision(master: nn.Module, copy: LowPrecisionCopy | None, cast: torch.dtype, args: Any) -> Any:
+    """The network's output in this dtype for args, a pair of arguments and keyword arguments, which are cast to it.
+
+    copy: None in a graph that is being traced. It cannot check whether a copy is stale, so it casts what it reads.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace, and torch.onnx.export(dynamo=False), cannot trace a teacher with cast=. Trace a network "
+            f"in low precision, copy.deepcopy(teacher.module).to({cast}), or teacher.module itself, in float32; or use "
+            "torch.export.export(teacher, ...)"
+        )
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.is_floating_point() else t, args)
+    if copy is not None:
+        return copy.run(master, args, kwargs)
+    low = {name: tensor.to(dtype) for name, tensor, dtype in tensors_to_cast(master, cast)}
+    before = dict(low)
+    out = functional_call(master, low, args, kwargs, tie_weights=False)
+    if not torch.compiler.is_exporting():
+        # Versions cannot be compared in a graph: every buffer of which there is a copy is compared.
+        for name, buffer in master.named_buffers():
+            if name in low:
+                if low[name] is before[name]:
+                    write_changes(buffer, low[name])
+                else:
+                    assign_back(master, name, low[name], before[name].dtype)
+    return out
+
+
+def write_changes(master: Tensor, copy: Tensor) -> None:
+    """Write to the tensor what differs from it in a copy of lower precision. Other elements keep their precision."""
+    with torch.no_grad():
+        master.copy_(torch.where(copy != master.to(copy.dtype), copy.to(master.dtype), master))
+
+
+def assign_back(network: nn.Module, name: str, new: Tensor, dtype: torch.dtype) -> None:
+    """Give the network's tensor the value that a forward has assigned to its name. dtype: of the tensor's copy."""
+    prefix, _, own = name.rpartition(".")
+    module = network.get_submodule(prefix)
+    held = module._parameters if own in module._parameters else module._buffers
+    master = held[own]
+    if new.shape == master.shape and new.device == master.device:
+        with torch.no_grad():
+            master.copy_(torch.where(new != master.to(dtype), new.to(master.dtype), master))
+    else:
+        held[own] = new.detach().to(master.dtype)
 
 
 def tensors_to_cast(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..networks.names import iterate_names
 from ..options import Options
+from .caching import CacheGuard
 from .locks import TeacherLock
 from .low_precision import LowPrecisionCopy
 
@@ -44,12 +45,14 @@ class TeacherState:
         self.step_is_given = False  # whether the step is set before each update, so that a loaded average needs none
         self.skipped: Tensor | None = None  # how many elements of the student nonfinite="skip" has skipped
         self.low_precision: LowPrecisionCopy | None = None
+        self.caches: CacheGuard | None = None  # of the teacher's network, from its first forward on
+        self.pending_norms: list[nn.Module] = []  # BatchNorms that update_bn may have reset
         self.student: StudentReference | None = None  # that of the last update
         self.lock = TeacherLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled. A copied teacher has not seen the student, and makes its own copies.
-        return self.__dict__ | {"student": None, "low_precision": None}
+        return self.__dict__ | {"student": None, "low_precision": None, "caches": None, "pending_norms": []}
 
     def shared_options(self) -> dict[str, object]:
         """What must be equal for teachers that are updated in one pass."""
@@ -69,6 +72,14 @@ class TeacherState:
             self.low_precision = LowPrecisionCopy(self.cast)
         self.low_precision.follow(network)
         return self.low_precision
+
+    def renew_stale_caches(self, network: nn.Module) -> list[ref[nn.Module]]:
+        """Returns the modules of this network that cache, whose caches are up to date."""
+        if self.caches is None or self.caches.network() is not network:
+            self.caches = CacheGuard(network)
+        if self.caches.modules:
+            self.caches.renew_if_stale()
+        return self.caches.modules
 
     def set_step(self, step: int) -> None:
         """Raises ValueError unless it is a whole number from 0."""

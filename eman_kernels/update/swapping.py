@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.interrupts import uninterrupted
+from ..backends.interrupts import call_all, prepare_calls, uninterrupted
 from ..networks.errors import raise_differences
 from ..networks.guards import Guards, increment_versions
 from ..networks.names import iterate_names, named_tensors
@@ -50,11 +50,12 @@ class Exchange:
         """Exchange back, if that has not been done. Returns what could not be given back, or an empty string."""
         return hold_locks([self._lock.lock], self._leave_locked)
 
-    def restore_in_state_dict(self, state: dict[str, Any], prefix: str) -> None:
-        """Put copies of the teacher's own values into the state_dict of its network. prefix: of the network's names."""
-        for name, tensor in iterate_names(self._teacher):
-            if prefix + name in state and (own := self._find_own_value(tensor)) is not None:
-                state[prefix + name] = own.clone()
+    def save_own_values(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of `save`, a state_dict() of the teacher, which meanwhile holds copies of its own values.
+
+        So any hook reads them, under whatever name it saves them. There is one copy per tensor, which keeps ties.
+        """
+        return hold_locks([self._lock.lock], self._save_locked, save)
 
     def copy_teacher(self) -> nn.Module:
         """A deep copy of the teacher's network with its own values."""
@@ -68,6 +69,28 @@ class Exchange:
         """Where this teacher tensor's value is while it holds the student's; None if it was not exchanged."""
         own = self._own_values.get(id(local_part(tensor)))
         return own if own is None else placed_like(tensor, own)
+
+    def _save_locked(self, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if self._lock.exchange is not self:
+            return save()
+        reshard([self._teacher])
+        copies: dict[int, Tensor] = {}
+        replaced = []
+        for module in self._teacher.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    own = None if tensor is None else self._find_own_value(tensor)
+                    if own is not None:
+                        replaced.append((held, name, tensor))
+                        if id(tensor) not in copies:
+                            copies[id(tensor)] = own.clone()
+        restore = prepare_calls(*(partial(held.__setitem__, name, tensor) for held, name, tensor in replaced))
+        try:
+            for held, name, tensor in replaced:
+                held[name] = copies[id(tensor)]
+            return save()
+        finally:
+            call_all(restore)
 
     def _enter_locked(self) -> None:
         if self._lock.exchange is not None:

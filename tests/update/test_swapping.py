@@ -9,11 +9,20 @@ import sys
 import threading
 
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eman_kernels import EMANTeacher, EMANTeachers, available_backends, eman_update_, swapped
+from eman_kernels import (
+    EMANTeacher,
+    EMANTeachers,
+    available_backends,
+    eman_update_,
+    load_ema_checkpoint,
+    swapped,
+)
 
 
 class Student(nn.Sequential):
@@ -677,3 +686,123 @@ def test_a_layer_that_merges_and_was_added_later():
     with pytest.raises(ValueError, match="changes parameters"):
         teacher.update(student)
     assert_values(teacher.module, before)
+
+
+# ---------------------------------------------------------------- state_dict while swapped, and caches after a load
+
+
+def renamed(module):
+    """Saved and loaded under other names, and through copies of the tensors."""
+
+    def rename(_, state, prefix, metadata):
+        for name in list(state):
+            if name.startswith(prefix):
+                state[f"{prefix}renamed_{name.removeprefix(prefix)}"] = state.pop(name).clone()
+
+    def restore(_, state, prefix, *args):
+        for name in list(state):
+            if name.startswith(prefix + "renamed_"):
+                state[prefix + name.removeprefix(prefix + "renamed_")] = state.pop(name)
+
+    module._register_state_dict_hook(rename)
+    module.register_load_state_dict_pre_hook(restore)
+    return module
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, renamed])
+@pytest.mark.parametrize("load", ["load_state_dict", "load_ema_checkpoint"])
+def test_hooks_that_rename_what_is_saved(wrap, load):
+    student = nn.Sequential(*map(wrap, Student()))
+    teacher = EMANTeacher(student, 0.5)
+    randomise(teacher.module)
+    own, theirs = values(teacher.module), values(student)
+    outside = teacher.state_dict()
+    with teacher.swapped(student):
+        state = teacher.state_dict()
+        assert_values(teacher.module, theirs)
+    assert_values(teacher.module, own)
+    assert state.keys() == outside.keys()
+    for name, value in outside.items():
+        assert torch.equal(state[name], value), name
+    fresh = EMANTeacher(student)
+    fresh.load_state_dict(state) if load == "load_state_dict" else load_ema_checkpoint(fresh, state)
+    assert_values(fresh.module, own)
+    with pytest.raises(RuntimeError, match="nothing was loaded"):
+        fresh.load_state_dict({"other": torch.ones(1)}, strict=False)
+
+
+def test_tied_weights_in_a_file_saved_while_swapped(tmp_path):
+    student = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    student[1].weight = student[0].weight
+    teacher = EMANTeacher(student, 0.5)
+    randomise(teacher.module)
+    own = values(teacher.module)
+    with teacher.swapped(student):
+        state = teacher.state_dict()
+        safetensors_torch.save_model(teacher, tmp_path / "teacher.safetensors")
+    assert state["module.0.weight"].data_ptr() == state["module.1.weight"].data_ptr()
+    fresh = EMANTeacher(student)
+    safetensors_torch.load_model(fresh, tmp_path / "teacher.safetensors")
+    assert_values(fresh.module, own)
+
+
+def load_in_place(teacher, state):
+    """As distributed checkpoint does."""
+    for name, tensor in teacher.state_dict().items():
+        if name != "_extra_state":
+            tensor.copy_(state[name])
+
+
+def load_in_a_parent(teacher, state):
+    nn.ModuleDict({"t": teacher}).load_state_dict({f"t.{name}": value for name, value in state.items()})
+
+
+def load_module(teacher, state):
+    inner = {name.removeprefix("module."): value for name, value in state.items() if name != "_extra_state"}
+    teacher.module.load_state_dict(inner)
+
+
+LOADING = {
+    "load_state_dict": lambda teacher, state: teacher.load_state_dict(state),
+    "assign": lambda teacher, state: teacher.load_state_dict(state, assign=True),
+    "load_ema_checkpoint": load_ema_checkpoint,
+    "in a parent": load_in_a_parent,
+    "in place": load_in_place,
+    "module.load_state_dict": load_module,
+}
+
+
+@pytest.mark.parametrize("caching", [Caching, CachingUntilTraining])
+@pytest.mark.parametrize("load", LOADING.values(), ids=LOADING)
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_caches_after_a_load(caching, load, cast):
+    student = nn.Sequential(caching(3, 3), nn.Linear(3, 3))
+    teacher, loaded = EMANTeacher(student, cast=cast), EMANTeacher(student)
+    with torch.no_grad():
+        for parameter in [*loaded.parameters()]:
+            parameter.fill_(7)
+    x = torch.ones(2, 3)
+    before = teacher(x).float()
+    load(teacher, {name: value.clone() for name, value in loaded.state_dict().items()})
+    expected = 7.0 * (3 * (3 * 7 + 7) + 1)
+    assert not torch.equal(before, torch.full((2, 3), expected))
+    torch.testing.assert_close(teacher(x).float(), torch.full((2, 3), expected), rtol=0.01, atol=0)
+    assert torch.equal(teacher.module(x), torch.full((2, 3), expected))
+
+
+@pytest.mark.parametrize("make", [lambda: Caching(3, 3), lambda: CachingUntilTraining(3, 3), "levit_128s"])
+def test_caches_of_two_precisions(make):
+    if isinstance(make, str):
+        timm = pytest.importorskip("timm")
+        student, x = timm.create_model(make, num_classes=4), torch.randn(1, 3, 224, 224)
+    else:
+        student, x = nn.Sequential(make()), torch.randn(2, 3)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    for _ in range(2):
+        assert teacher(x).dtype == torch.bfloat16
+        assert teacher.module(x).dtype == torch.float32
+        teacher.update(student)
+        assert teacher.module(x).dtype == torch.float32
+        assert teacher(x).dtype == torch.bfloat16
+        teacher.update(student)
+        assert torch.equal(teacher.module(x), copy.deepcopy(teacher.module)(x))

@@ -139,6 +139,9 @@ def swapped(
     interrupt. Evaluate in eval mode: BatchNorm in training mode would change the teacher's statistics. A tensor that is
     replaced or converted in the meantime (``student.half()``) gets its network's own value back too.
 
+    ``student.state_dict()`` holds references, which have the student's values again afterwards: save it inside, or keep
+    ``{name: tensor.clone() for name, tensor in student.state_dict().items()}``.
+
     Args:
         teacher, student: as in ``eman_update_``, with equal dtypes.
         rules, buffers: tensors with the rule "skip" or "share" are not exchanged.

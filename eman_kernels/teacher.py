@@ -61,7 +61,7 @@ class EMANTeacher(nn.Module):
         ValueError: an option is unknown or out of range, or ``module`` differs from the student.
         TypeError: the student cannot be deep-copied; the message names the cause.
 
-    state_dict() holds the network under ``module.`` and the step; training resumes exactly from it.
+    state_dict() holds the network under ``module.`` and the counts; training resumes exactly from it.
 
     >>> student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     >>> teacher = EMANTeacher(student, momentum=0.99)
@@ -124,6 +124,7 @@ class EMANTeacher(nn.Module):
         self.dtype = dtype
         self.state = TeacherState(momentum, options, seed, cast, capturable)
         self.register_load_state_dict_post_hook(renew_caches_after_load)
+        self.state.remember_student(student)
         self.eval()
 
     @property
@@ -159,7 +160,7 @@ class EMANTeacher(nn.Module):
         """Follow the student by one step, in place and in one pass; see ``eman_update_`` for the arithmetic and errors.
 
         Args:
-            student: the network to follow; default: that of the last update.
+            student: the network to follow; default: that of the last update, or of the constructor.
             momentum: for this update, instead of the teacher's own.
             found_inf: GradScaler's tensor, or any tensor of one element: if it is not 0, the teacher and its step stay
                 unchanged. On a GPU this needs no synchronization; the step is then stored on the device as well.
@@ -175,15 +176,15 @@ class EMANTeacher(nn.Module):
 
     def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
         """Call ``update(student)`` after each optimizer step that is actually taken: once per step with gradient
-        accumulation, and not for steps that GradScaler skips.
+        accumulation, and not for steps that GradScaler skips (no synchronization if a fused optimizer skips them).
 
-        A fused optimizer reports a skipped step through ``found_inf`` on the device, which the kernel reads without a
-        synchronization. Optimizers wrapped by accelerate, Lightning or Fabric are unwrapped.
+        The wrappers of accelerate, Lightning and Fabric are stripped; others (Lookahead) are followed themselves. A
+        second call with the same optimizer replaces the first.
 
         Args:
             optimizer: the optimizer whose steps count; if there are several, the one that is stepped last.
             student: as in ``update``.
-            every: update after every so many steps; default 1.
+            every: update after every so many steps; default 1. ``state_dict()`` stores how many have been counted.
             start: skip the updates of the first so many steps; default 0. The average then starts from the teacher's
                 own values, unless its momentum is ``schedules.CopyFirst``. Resumed training, whose teacher has been
                 updated before, does not wait again.
@@ -192,7 +193,7 @@ class EMANTeacher(nn.Module):
             A handle, whose ``remove()`` ends it.
 
         Raises:
-            ValueError: every is below 1, or start below 0. TypeError: it is not a torch.optim.Optimizer.
+            ValueError: every is below 1, or start below 0. TypeError: torch runs no hooks after its steps (as for SAM).
 
         >>> student = nn.Linear(4, 4)
         >>> teacher = EMANTeacher(student)
@@ -208,7 +209,7 @@ class EMANTeacher(nn.Module):
     def swapped(self, student: nn.Module | None = None) -> Swapped:
         """A context in which the student holds the teacher's values, and the teacher the student's: see
         ``eman_kernels.swapped``. The teacher cannot be updated in the meantime; ``state_dict()``, ``deepcopy`` and
-        ``torch.save`` of the teacher still contain its own values.
+        ``torch.save`` of the teacher still contain its own values. Save the student's ``state_dict()`` before the end.
 
         >>> student = nn.Linear(4, 4)
         >>> teacher = EMANTeacher(student)
@@ -280,7 +281,10 @@ class EMANTeacher(nn.Module):
         """Like that of any module. While swapped it contains copies of the teacher's own values."""
         save = partial(super().state_dict, *args, **kwargs)
         exchange = self.state.lock.exchange  # read once, because another thread may end it
-        return save() if exchange is None else exchange.save_own_values(save)
+        state = save() if exchange is None else exchange.save_own_values(save)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        state.update((prefix + name, count) for name, count in self.state.counts().items())
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Like that of any module, but all or nothing: if it raises, the teacher and its step are unchanged. With
@@ -297,6 +301,7 @@ class EMANTeacher(nn.Module):
         if self.is_swapped:
             raise RuntimeError("the teacher is swapped with its student: load after the swap has ended")
         fill_in_step(state_dict, prefix, self.state)
+        self.state.take_counts(state_dict, prefix)
         if self.dtype is not None and metadata.get("assign_to_params_buffers"):
             keep_dtypes(self.module, self.dtype, state_dict, prefix + "module.")
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)

@@ -88,15 +88,39 @@ def test_update_follows_parameters_and_statistics(student):
 
 
 def test_update_remembers_the_student_and_raises_without_one(student):
+    """The constructor has seen the student too."""
     teacher = EMANTeacher(student, momentum=0.0)
-    with pytest.raises(RuntimeError, match=r"no student has been seen yet.*update\(student\)"):
+    for _ in range(2):
+        train_step(student)
         teacher.update()
-    teacher.update(student)
+        assert torch.equal(teacher.module[0].weight, student[0].weight)
+    assert teacher.step == 2
+    other = copy.deepcopy(student)
+    teacher.update(other)
     train_step(student)
     teacher.update()
-    assert torch.equal(teacher.module[0].weight, student[0].weight)
-    with pytest.raises(RuntimeError, match="no student has been seen"):
-        copy.deepcopy(teacher).update()
+    assert torch.equal(teacher.module[0].weight, other[0].weight)
+    for call in (lambda t: t.update(), lambda t: t.swap()):
+        with pytest.raises(RuntimeError, match=r"no student has been seen.*update\(student\) or swapped\(student\)"):
+            call(copy.deepcopy(teacher))
+    freed = EMANTeacher(copy.deepcopy(student))
+    with pytest.raises(RuntimeError, match="it has been freed"):
+        freed.update()
+
+
+def test_a_loaded_teacher_is_swapped_with_the_student_of_its_constructor(student):
+    state = copy.deepcopy(EMANTeacher(student).state_dict())
+    train_step(student)
+    weight = student[0].weight.detach().clone()
+    teacher = EMANTeacher(student)
+    teacher.load_state_dict(state)
+    with teacher.swapped():
+        assert torch.equal(student[0].weight, state["module.0.weight"])
+    assert torch.equal(student[0].weight, weight)
+    teachers = EMANTeachers(student, [0.0, 0.5])
+    train_step(student)
+    teachers.update()
+    assert torch.equal(teachers[0].module[0].weight, student[0].weight)
 
 
 def test_momentum_may_be_a_schedule_and_be_overridden(student):
@@ -701,6 +725,28 @@ def test_nonfinite_elements_are_skipped_and_counted(student):
     propagating.update(student)
     assert propagating.module[0].weight[0].isnan().all()
     assert propagating.skipped is None
+    # Counting goes on from the checkpoint, in which every value is a tensor.
+    state = teacher.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert int(state["_extra_state"]) == 2
+    for resumed in (EMANTeacher(student, 0.5, nonfinite="skip"), copy.deepcopy(teacher)):
+        counter = resumed.skipped
+        resumed.load_state_dict(state)
+        assert resumed.skipped == 2 * (27 + 1)
+        assert counter is None or resumed.skipped is counter  # in place, because a captured graph reads it there
+        resumed.update(student)
+        assert resumed.skipped == 3 * (27 + 1)
+    nested = nn.ModuleDict({"teachers": EMANTeachers(student, [0.5, 0.9], nonfinite="skip")})
+    nested["teachers"].update(student)
+    again = nn.ModuleDict({"teachers": EMANTeachers(student, [0.5, 0.9], nonfinite="skip")})
+    again.load_state_dict(nested.state_dict())
+    assert again["teachers"].skipped == 27 + 1
+    # A file without a count, and one that is refused, leave it as it is.
+    del state["_skipped"]
+    teacher.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        teacher.load_state_dict(state | {"_skipped": torch.tensor(7), "module.0.bias": torch.zeros(3)})
+    assert teacher.skipped == 2 * (27 + 1)
 
 
 # ---------------------------------------------------------------- several teachers, and swapping

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from ..schedules import CopyFirst
 from ..teacher import EMANTeacher
+from ..update.following import find_hooked_optimizer
 from ..update.state import Momentum
 
 if find_spec("lightning") is None:
@@ -90,6 +92,7 @@ class EMANWeightAveraging(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._average_model = _AverageTeacher(pl_module, **self._options)
+            self._latest_update_step = 0  # of a fit before this one, which may have taken more steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning has now moved the model and set its dtype. Average and model need equal dtypes to be exchanged.
@@ -99,7 +102,9 @@ class EMANWeightAveraging(WeightAveraging):
                 tensor.data = tensor.data.to(like.dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._handles = [optimizer.register_step_post_hook(self._record_step) for optimizer in trainer.optimizers]
+        self._remove_hooks()
+        optimizers = map(find_hooked_optimizer, trainer.optimizers)
+        self._handles = [optimizer.register_step_post_hook(self._record_step) for optimizer in optimizers]
 
     def _record_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped = True
@@ -128,9 +133,18 @@ class EMANWeightAveraging(WeightAveraging):
             self._average_model.swap_back()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        average = self._average_model
+        if average is not None and average.is_swapped:
+            # During a validation. The model's own state, cloned because a state_dict holds references.
+            average.swap_back()
+            try:
+                state = trainer.strategy.lightning_module_state_dict()
+                checkpoint["state_dict"] = tree_map_only(Tensor, torch.clone, state)
+            finally:
+                average.swap(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._average_model is not None:
-            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._average_model.step)}
+        if average is not None:
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(average.step)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if state := checkpoint.get("averaging_state"):

@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer that maintains an EMANTeacher.
+"""A callback for transformers' Trainer that maintains an EMANTeacher, and a Trainer that evaluates it.
 
 ```python
 from transformers import Trainer, TrainingArguments
@@ -16,7 +16,7 @@ Tested with transformers 5.24.0 and accelerate 1.15.0.
 
 import os
 import warnings
-from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ if find_spec("transformers") is None:
         "pip install 'eman_kernels[transformers]'"
     )
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FILE = "eman_teacher.pt"
 
@@ -46,55 +46,44 @@ class EMANCallback(TrainerCallback):
 
     Args:
         momentum: as in EMANTeacher; default 0.999.
-        evaluate_with: "teacher" (default) evaluates the average during training: the values of teacher and model are
-            swapped while ``evaluate`` runs. If it raises, they stay swapped until the next training starts or
-            ``swap_back()`` is called. "student" evaluates the model. Outside of training, use
-            ``with callback.teacher.swapped():``.
+        evaluate_with: "student" (default) evaluates the model. "teacher" evaluates the average, and needs EMANTrainer:
+            transformers has no callback for the start of an evaluation. With another Trainer, use
+            ``with callback.teacher.swapped():`` outside of training.
         options: keyword options of EMANTeacher. The default of rounding is "stochastic", which a bf16 model needs.
 
     Raises:
         ValueError: evaluate_with is not one of the two; see also EMANTeacher, which is created when training starts.
+        RuntimeError: training starts in another Trainer than EMANTrainer, with ``evaluate_with="teacher"``.
     """
 
     def __init__(
-        self, momentum: Momentum = 0.999, evaluate_with: Literal["teacher", "student"] = "teacher", **options: Any
+        self, momentum: Momentum = 0.999, evaluate_with: Literal["teacher", "student"] = "student", **options: Any
     ) -> None:
         if evaluate_with not in ("teacher", "student"):
             raise ValueError(f"evaluate_with must be 'teacher' or 'student', got {evaluate_with!r}")
         self.evaluate_with = evaluate_with
+        self.is_in_eman_trainer = False
         self.teacher: EMANTeacher | None = None
         self._options = {"momentum": momentum, "rounding": "stochastic"} | options
         self._handle: Any = None
-        self._exchanging = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
+        if self.evaluate_with == "teacher" and not self.is_in_eman_trainer:
+            raise RuntimeError(
+                "EMANCallback(evaluate_with='teacher') needs eman_kernels.integrations.transformers.EMANTrainer in "
+                "place of Trainer, or as the first base class: class MyTrainer(EMANTrainer, Seq2SeqTrainer)"
+            )
         self.swap_back()
+        self._stop_following()
         model: nn.Module = others["model"]
-        self._stop_following(model)
         if self.teacher is None or not state.global_step:
             self.teacher = EMANTeacher(model, **self._options)
         if state.global_step:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             self._load([folder, args.resume_from_checkpoint], "starts from the resumed model")
         self._handle = self.teacher.follow(others["optimizer"], model)
-        if self.evaluate_with == "teacher":
-            # Trainer has no callback for the start of an evaluation, but it starts with model.eval().
-            def train(mode: bool = True) -> nn.Module:
-                type(model).train(model, mode)
-                # The exchange itself calls train() on models with caches: ignore these calls.
-                if not self._exchanging:
-                    self.swap_back() if mode else self._swap(model)
-                return model
-
-            model.train = train
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        self.swap_back()
-
-    def on_predict(self, *_: Any, **__: Any) -> None:
-        self.swap_back()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if args.should_save and self.teacher is not None:
@@ -104,29 +93,16 @@ class EMANCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
-        self.swap_back()
-        self._stop_following(others["model"])
+        self._stop_following()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load([state.best_model_checkpoint], "is from the last step, the model from the best checkpoint")
 
     def swap_back(self) -> None:
-        """Restore the values of model and average after an evaluation that raised. Otherwise a no-op."""
+        """Restore the values of model and average if they are swapped. Otherwise a no-op."""
         if self.teacher is not None and self.teacher.is_swapped:
-            self._run_exchange(self.teacher.swap_back)
+            self.teacher.swap_back()
 
-    def _swap(self, model: nn.Module) -> None:
-        if not self.teacher.is_swapped:
-            self._run_exchange(self.teacher.swap, model)
-
-    def _run_exchange(self, exchange: Callable[..., None], *model: nn.Module) -> None:
-        self._exchanging = True
-        try:
-            exchange(*model)
-        finally:
-            self._exchanging = False
-
-    def _stop_following(self, model: nn.Module) -> None:
-        model.__dict__.pop("train", None)
+    def _stop_following(self) -> None:
         if self._handle is not None:
             self._handle.remove()
 
@@ -138,3 +114,43 @@ class EMANCallback(TrainerCallback):
             warnings.warn(f"the average {fallback}: {' and '.join(paths)} not found", stacklevel=3)
         else:
             self.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+class EMANTrainer(Trainer):
+    """A Trainer whose ``evaluate`` and ``predict`` run with the average of ``EMANCallback(evaluate_with="teacher")``.
+
+    The values of average and model are swapped meanwhile, and swapped back even if the evaluation raises. Use it as the
+    first base class of another Trainer: ``class MyTrainer(EMANTrainer, Seq2SeqTrainer)``.
+    """
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        for callback in self._find_callbacks():
+            callback.is_in_eman_trainer = True
+        try:
+            return super().train(*args, **options)
+        finally:
+            for callback in self._find_callbacks():
+                callback.is_in_eman_trainer = False
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        with self._swapped():
+            return super().evaluate(*args, **options)
+
+    def predict(self, *args: Any, **options: Any) -> Any:
+        with self._swapped():
+            return super().predict(*args, **options)
+
+    def _find_callbacks(self) -> list[EMANCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EMANCallback)]
+
+    def _swapped(self) -> ExitStack:
+        # A schedule-free optimizer changes the model's weights here, and so must be called before the swap.
+        if callable(evaluating := getattr(self.optimizer, "eval", None)):
+            evaluating()
+        with ExitStack() as swaps:
+            for callback in self._find_callbacks():
+                teacher = callback.teacher
+                # Already swapped: evaluate() calls itself for several datasets.
+                if callback.evaluate_with == "teacher" and teacher is not None and not teacher.is_swapped:
+                    swaps.enter_context(teacher.swapped(self.model))
+            return swaps.pop_all()

@@ -50,7 +50,7 @@ def all_or_nothing(module: nn.Module, states: Iterable[TeacherState], state_dict
 
     Raises RuntimeError if no tensor was loaded.
     """
-    recorded = [(state, int(state.step), state.lock.unrestored) for state in states]
+    recorded = [(state, int(state.step), state.counts(), state.lock.unrestored) for state in states]
 
     # Hooks may rename what state_dict holds, so torch's loading itself reports what was missing.
     def check_anything_loaded(module: nn.Module, keys: Any) -> None:
@@ -67,8 +67,9 @@ def all_or_nothing(module: nn.Module, states: Iterable[TeacherState], state_dict
         with _restore_extra_states_on_error(module), _restore_tensors_on_error(module):
             yield
     except BaseException:
-        for state, step, unrestored in recorded:
+        for state, step, counts, unrestored in recorded:
             state.set_step(step)
+            state.set_counts(counts)
             state.lock.unrestored = unrestored
         raise
     finally:

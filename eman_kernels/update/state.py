@@ -1,6 +1,6 @@
 """The state of a teacher besides its network: what updates, swaps and loading read and write."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 from weakref import ref
@@ -47,7 +47,8 @@ class TeacherState:
         self.low_precision: LowPrecisionCopy | None = None
         self.caches: CacheGuard | None = None  # of the teacher's network, from its first forward on
         self.pending_norms: list[nn.Module] = []  # BatchNorms that update_bn may have reset
-        self.student: StudentReference | None = None  # that of the last update
+        self.optimizer_steps: int | Tensor | None = None  # the steps that follow(every=, start=) has counted
+        self.student: StudentReference | None = None  # that of the last update, or of the constructor
         self.lock = TeacherLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,11 +60,17 @@ class TeacherState:
         options = {name: getattr(self.options, name) for name in self.options.__dataclass_fields__}
         return options | {"seed": self.seed, "cast": self.cast, "capturable": self.capturable}
 
+    def remember_student(self, student: nn.Module) -> None:
+        if self.student is None or self.student() is not student:
+            self.student = StudentReference(student)
+
     def find_student(self) -> nn.Module:
-        """The student of the last update. Raises RuntimeError if there is none."""
+        """The remembered student. Raises RuntimeError if there is none."""
         student = self.student() if self.student is not None else None
         if student is None:
-            raise RuntimeError("no student has been seen yet (or it has been freed): call update(student)")
+            raise RuntimeError(
+                "no student has been seen yet (or it has been freed): call update(student) or swapped(student)"
+            )
         return student
 
     def refresh_low_precision(self, network: nn.Module) -> LowPrecisionCopy:
@@ -88,6 +95,26 @@ class TeacherState:
             self.step.fill_(step)  # in place, because a captured graph reads it
         else:
             self.step = int(step)
+
+    def counts(self) -> dict[str, Tensor]:
+        """What a checkpoint stores besides the network and the step, as tensors for tensor-only formats."""
+        skipped = 0 if self.skipped is None and self.options.nonfinite == "skip" else self.skipped
+        counts = {"_skipped": skipped, "_optimizer_steps": self.optimizer_steps}
+        return {name: torch.tensor(int(n), device="cpu") for name, n in counts.items() if n is not None}
+
+    def take_counts(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Remove the counts from a state_dict and set them. A file without a count leaves it as it is."""
+        names = [name for name in ("_skipped", "_optimizer_steps") if prefix + name in state_dict]
+        self.set_counts(self.counts() | {name: state_dict.pop(prefix + name) for name in names})
+
+    def set_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Set what ``counts`` has returned."""
+        for attribute in ("skipped", "optimizer_steps"):
+            count, own = counts.get(f"_{attribute}"), getattr(self, attribute)
+            if isinstance(own, Tensor):
+                own.fill_(0 if count is None else int(count))  # in place, because a captured graph reads it
+            else:
+                setattr(self, attribute, None if count is None else counter_on_device(int(count), torch.device("cpu")))
 
     def count_step(self, found_inf: Tensor | None) -> None:
         """Count an update, unless found_inf says that it was skipped."""

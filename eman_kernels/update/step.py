@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .arguments import check_found_inf, make_arguments
 from .eager import update_networks
 from .locks import hold_locks
-from .state import StudentReference, TeacherState
+from .state import TeacherState
 
 
 def step_teachers(
@@ -55,8 +55,7 @@ def _update_locked(
     update_networks(networks, student, arguments, first.options, copies)
     for state in states:
         state.count_step(found_inf)
-        if state.student is None or state.student() is not student:
-            state.student = StudentReference(student)
+        state.remember_student(student)
 
 
 def _check_shared_options(first: TeacherState, other: TeacherState) -> None:

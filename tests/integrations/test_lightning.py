@@ -139,6 +139,84 @@ def test_checkpoints_are_interchangeable_with_lightnings(kinds, tmp_path):
             assert_same_bits(resumed._average_model.state_dict()[name], tensor, name)
 
 
+@pytest.mark.parametrize("kind", ["ours", "Lightning's"])
+def test_a_checkpoint_saved_during_validation_holds_average_and_model(kind, tmp_path):
+    """Before, during and after a validation the same two networks are saved. Lightning's callback confuses the two."""
+    path, states = tmp_path / "during.ckpt", []
+
+    class Saver(lightning.Callback):
+        def save(self, trainer, *_):
+            trainer.save_checkpoint(path)
+            states.append(torch.load(path, weights_only=False))
+
+        on_validation_start = on_validation_batch_end = on_validation_end = save
+
+    callback = EMANWeightAveraging(momentum=0.9) if kind == "ours" else EMAWeightAveraging(decay=0.9)
+    module = Module()
+    fit([callback, Saver()], module, tmp_path, limit_val_batches=2)
+    assert len(states) == 4
+    for state in states:
+        pair = [state["state_dict"], state["current_model_state"]]
+        if kind != "ours" and not torch.equal(pair[0]["net.0.weight"], states[0]["state_dict"]["net.0.weight"]):
+            pair.reverse()
+        assert not torch.equal(pair[0]["net.0.weight"], pair[1]["net.0.weight"])
+        for name in ("state_dict", "current_model_state"):
+            saved = pair[name != "state_dict"]
+            for key, tensor in states[0][name].items():
+                assert_same_bits(saved[key], tensor, key)
+    # The validation goes on with the average.
+    if kind == "ours":
+        assert_same_bits(module.validated[1], module.validated[0])
+        assert_same_bits(module.validated[1], states[1]["state_dict"]["net.0.weight"])
+        resumed = EMANWeightAveraging(momentum=0.9)
+        torch.save(states[1], path)
+        fit(resumed, Module(), tmp_path, str(path), max_epochs=1)
+        for key, tensor in states[0]["state_dict"].items():
+            assert_same_bits(resumed._average_model.module.state_dict()[key], tensor, key)
+
+
+class Decaying(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            torch._foreach_mul_(self.param_groups[0]["params"], 0.9)
+        return loss
+
+
+def test_an_optimizer_that_calls_super_step_is_followed_once(tmp_path):
+    """Also by a teacher that follows Lightning's wrapper of it."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch hooks both classes now
+    module, callback, same = Module(), EMANWeightAveraging(momentum=0.0), []
+    module.configure_optimizers = lambda: Decaying(module.parameters(), lr=0.1)
+    teacher = EMANTeacher(module.net, 0.0)
+
+    class Follow(lightning.Callback):
+        def on_train_start(self, trainer, module):
+            teacher.follow(module.optimizers(), module.net)
+
+        def on_train_batch_end(self, trainer, module, *_):
+            pairs = zip(teacher.module.parameters(), module.net.parameters(), strict=True)
+            same.append(all(torch.equal(*pair) for pair in pairs))
+
+    for _ in range(2):
+        fit([Follow(), callback], module, tmp_path)
+    assert teacher.step == 16
+    assert all(same)
+    assert callback._average_model.step == 8
+
+
+def test_an_optimizer_that_runs_no_hooks_is_refused(tmp_path):
+    class Private(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.original_optimizer, self.param_groups = optimizer, optimizer.param_groups
+            self.state, self.defaults = optimizer.state, optimizer.defaults
+
+    module = Module()
+    module.configure_optimizers = lambda: Private(torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="torch runs no hooks after its step"):
+        fit(EMANWeightAveraging(), module, tmp_path)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16(precision, tmp_path):
     first = []

@@ -49,11 +49,12 @@ struct Torch {
   // Tensor and Parameter. Other classes can override how they store data, so Python code checks their tensors.
   std::array<PyTypeObject*, 2> plain;
   size_t offset;                 // of the at::Tensor within its Python object
+  size_t keys_offset;            // of the dispatch keys within a TensorImpl, or 0 if it is not known
   void (*bump_version)(Handle);  // torch::autograd::impl::bump_version(const at::Tensor&), or null
 } torch;
 
 void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::type tensor, py::type parameter,
-               size_t offset, uint64_t bump_version) {
+               size_t offset, size_t keys_offset, uint64_t bump_version) {
   const auto set = [&](auto& getter, int i) {
     getter = reinterpret_cast<std::decay_t<decltype(getter)>>(functions[i]);
   };
@@ -68,6 +69,7 @@ void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::ty
   torch.strided = strided;
   torch.plain = {reinterpret_cast<PyTypeObject*>(tensor.ptr()), reinterpret_cast<PyTypeObject*>(parameter.ptr())};
   torch.offset = offset;
+  torch.keys_offset = keys_offset;
   torch.bump_version = reinterpret_cast<decltype(torch.bump_version)>(bump_version);
 }
 
@@ -259,7 +261,12 @@ class Walk {
         torch.device_type(handle, &type) != 0 || torch.device_index(handle, &index) != 0) {
       return false;
     }
-    bool holds = same(address(data)) && same(dtype) && same(type) && same(index) && same(dim);
+    // Of two tensors that are alike otherwise, one can be a lazily negated view: only its dispatch keys say so.
+    uint64_t keys = 0;
+    if (torch.keys_offset != 0) {
+      std::memcpy(&keys, *static_cast<const char* const*>(handle) + torch.keys_offset, sizeof keys);
+    }
+    bool holds = same(keys) && same(address(data)) && same(dtype) && same(type) && same(index) && same(dim);
     for (int64_t i = 0; holds && i < dim; ++i) holds = same(sizes[i]) && same(strides[i]);
     return holds;
   }
@@ -339,7 +346,7 @@ class Guards {
 
 void bind_guards(py::module_& m) {
   m.def("use_torch", &use_torch, py::arg("functions"), py::arg("strided"), py::arg("tensor"), py::arg("parameter"),
-        py::arg("offset"), py::arg("bump_version"));
+        py::arg("offset"), py::arg("keys_offset"), py::arg("bump_version"));
   m.def("bump_versions", &bump_versions, py::arg("tensors"), py::arg("numbers"), py::arg("n"));
   py::class_<Guards>(m, "Guards")
       .def(py::init<const Roots&>(), py::arg("roots"))

@@ -3,18 +3,20 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
+from .networks.errors import explain_synonyms
 from .options import Nonfinite, Rounding, Rule, SyncBuffers, make_options
 from .plan.cache import last_plan
 from .plan.plan import Plan
 from .update.arguments import check_step, make_arguments
+from .update.dispatch import is_tracing
 from .update.eager import list_tensors, update_lists, update_networks
 from .update.locks import TeacherLock
 from .update.swapping import Exchange, Swapped
 
 
+@explain_synonyms
 def eman_update_(
     teacher: nn.Module,
     student: nn.Module,
@@ -71,7 +73,7 @@ def eman_update_(
     >>> teacher.running_mean, teacher.num_batches_tracked
     (tensor([0.2500, 0.2500]), tensor(7))
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         from .update import traced
 
         options = traced.trace_options(rules, buffers, backend, rounding, nonfinite, sync_buffers)
@@ -82,6 +84,7 @@ def eman_update_(
     update_networks([teacher], student, make_arguments([momentum], found_inf, seed, step, skipped), options)
 
 
+@explain_synonyms
 def ema_update_(
     teacher_tensors: Sequence[Tensor],
     student_tensors: Sequence[Tensor],
@@ -105,12 +108,13 @@ def ema_update_(
         student_tensors: as many tensors, of the same shapes.
         momentum and all others: as in ``eman_update_``, with the same errors.
 
+    >>> import torch
     >>> teacher = torch.zeros(2)
     >>> ema_update_([teacher], [torch.ones(2)], momentum=0.75)
     >>> teacher
     tensor([0.2500, 0.2500])
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         from .update import traced
 
         options = traced.trace_options(None, "ema", backend, rounding, nonfinite)

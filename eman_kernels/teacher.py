@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
+from .networks.errors import explain_synonyms
 from .options import Nonfinite, Options, Rounding, Rule, SyncBuffers, TeacherOptions, make_options
 from .plan.chunks import MAX_TEACHERS
 from .update.arguments import check_momentum, check_seed
@@ -54,8 +55,7 @@ class EMANTeacher(nn.Module):
         capturable: store the step on the teacher's device, so that each replay of a captured CUDA graph increments it,
             and with it the schedule (which then gets the step as a 0-d float64 tensor) and stochastic rounding.
 
-    With ``nonfinite="skip"``, ``teacher.skipped`` counts the skipped elements: a 0-d int64 tensor, or None before the
-    first update.
+    With ``nonfinite="skip"``, ``teacher.skipped`` counts the skipped elements (int64; None before the first update).
 
     Raises:
         ValueError: an option is unknown or out of range, or ``module`` differs from the student.
@@ -82,6 +82,7 @@ class EMANTeacher(nn.Module):
     nonfinite = OptionAttribute[Nonfinite]("nonfinite")
     sync_buffers = OptionAttribute[SyncBuffers]("sync_buffers")
 
+    @explain_synonyms
     def __init__(
         self,
         student: nn.Module,
@@ -101,14 +102,7 @@ class EMANTeacher(nn.Module):
         sync_buffers: SyncBuffers = "none",
     ) -> None:
         super().__init__()
-        options = make_options(
-            rules,
-            buffers=buffers,
-            backend=backend,
-            rounding=rounding,
-            nonfinite=nonfinite,
-            sync_buffers=sync_buffers,
-        )
+        options = make_options(rules, buffers, backend, rounding, nonfinite, sync_buffers)
         check_seed(seed)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point dtype, but is {dtype}")
@@ -150,6 +144,7 @@ class EMANTeacher(nn.Module):
         """Whether the teacher holds the student's values: see ``swapped``."""
         return self.state.lock.exchange is not None
 
+    @explain_synonyms
     def update(
         self,
         student: nn.Module | None = None,
@@ -358,10 +353,16 @@ class EMANTeachers(nn.Module):
             raise ValueError(f"momenta must be 1 to {MAX_TEACHERS}, but there are {len(momenta)}")
         self.teachers = nn.ModuleList(EMANTeacher(student, momentum, **options) for momentum in momenta)
 
-    def update(self, student: nn.Module | None = None, *, found_inf: Tensor | None = None) -> None:
-        """Let all teachers follow the student by one step: ``EMANTeacher.update`` in one pass."""
-        networks, states = [teacher.module for teacher in self], [teacher.state for teacher in self]
-        update_teachers(networks, states, student, None, found_inf)
+    @explain_synonyms
+    def update(
+        self,
+        student: nn.Module | None = None,
+        *,
+        momentum: float | Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Let all teachers follow the student by one step: ``EMANTeacher.update`` in one pass. momentum: for all."""
+        update_teachers([t.module for t in self], [t.state for t in self], student, momentum, found_inf)
 
     def follow(self, optimizer: Optimizer, student: nn.Module, *, every: int = 1, start: int = 0) -> RemovableHandle:
         """``EMANTeacher.follow`` for all teachers."""

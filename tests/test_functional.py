@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import eman_kernels
-from eman_kernels import ema_update_, eman_update_, plan_for
+from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
 from eman_kernels.networks import guards
 from eman_kernels.update import eager
 from eman_kernels.update.arguments import make_arguments
@@ -297,3 +297,109 @@ def test_found_inf_is_converted_for_the_kernels():
             ema_update_([torch.zeros(2)], [torch.ones(2)], **{"momentum": 0.5, name: without_memory})
     own = torch.tensor(0.0)
     assert make_arguments([0.5], own).found_inf.data_ptr() == own.data_ptr()
+
+
+# ---------------------------------------------------------------- tensors without memory
+
+
+def functionalized(call):
+    return torch.func.functionalize(lambda p: (call(p), p + 1)[1])(torch.full((1,), 0.5))
+
+
+def vmapped(call):
+    return torch.vmap(lambda p: (call(p), p + 1)[1])(torch.full((1, 1), 0.5))
+
+
+def differentiated(call):
+    return torch.func.grad(lambda p: (call(p), p.sum())[1])(torch.full((1,), 0.5))
+
+
+def freed(call):
+    tensor = torch.ones(1)
+    tensor.untyped_storage().resize_(0)
+    call(tensor)
+
+
+@pytest.mark.parametrize("backend", [None, "foreach", "reference"])
+@pytest.mark.parametrize("without_memory", [functionalized, vmapped, differentiated, freed])
+def test_tensors_without_memory_are_refused(without_memory, backend):
+    """They are of type Tensor, and strided; a kernel would read or write at address 0."""
+    other = torch.full((1,), 7.0)
+    for call, error, what in (
+        (lambda p: ema_update_([other], [p], 0.5, backend=backend), ValueError, "the student has no memory"),
+        (lambda p: ema_update_([p], [other], 0.5, backend=backend), ValueError, "the teacher has no memory"),
+        (lambda p: ema_update_([p, p + 0], [p + 0, p], 0.5, backend=backend), ValueError, "has no memory"),
+        (lambda p: ema_update_([other], [other + 0], p.sum(), backend=backend), TypeError, "the momentum must be"),
+        (
+            lambda p: ema_update_([other], [other + 0], 0.5, found_inf=p, backend=backend),
+            TypeError,
+            "the found_inf must be",
+        ),
+    ):
+        if without_memory is freed and ("momentum" in what or what == "has no memory"):
+            continue  # p.sum() and p + 0 would read it
+        with pytest.raises(error, match=what):
+            without_memory(call)
+        assert other == 7
+
+
+@pytest.mark.parametrize("replaced", ["student", "teacher", "both"])
+def test_networks_whose_tensors_a_transform_has_replaced(replaced):
+    student = nn.BatchNorm1d(1, affine=False)
+    teacher = EMANTeacher(student, 0.5)
+    teacher.update(student)  # there is a plan
+    networks = {"student": (student,), "teacher": (teacher.module,), "both": (student, teacher.module)}[replaced]
+
+    def inside(p):
+        for net in networks:
+            net.running_mean = p + 0
+        teacher.update(student)
+
+    with pytest.raises(ValueError, match="has no memory"):
+        functionalized(inside)
+    assert teacher.step == 1
+    for net in networks:
+        net.running_mean = torch.ones(1)
+    teacher.update(student)
+    assert teacher.step == 2
+
+
+def test_low_precision_copies_of_a_transform_are_replaced():
+    student = nn.Linear(1, 1)
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    expected = teacher(torch.ones(1, 1))
+    teacher = EMANTeacher(student, 0.5, cast=torch.bfloat16)
+    functionalized(lambda p: teacher(p[None]))
+    teacher.update(student)
+    assert torch.equal(teacher(torch.ones(1, 1)), expected)
+
+
+def test_a_zero_tensor_has_no_memory_and_is_a_student():
+    teacher = torch.ones(3)
+    ema_update_([teacher], [torch._efficientzerotensor(3)], 0.25)
+    assert teacher.tolist() == [0.25] * 3
+
+
+def test_named_parameters_with_the_signature_of_old_torch():
+    class Old(nn.Linear):
+        def named_parameters(self, prefix="", recurse=True):
+            return super().named_parameters(prefix, recurse)
+
+        def named_buffers(self, prefix="", recurse=True):
+            return super().named_buffers(prefix, recurse)
+
+    teacher, student = Old(2, 2), nn.Sequential(Old(2, 2))
+    eman_update_(teacher, student[0], 0.0)
+    assert torch.equal(teacher.weight, student[0].weight)
+    averaged = EMANTeacher(student, 0.0)
+    with torch.no_grad():
+        student[0].weight.fill_(3)
+    averaged.update(student)
+    assert (averaged.module[0].weight == 3).all()
+
+    class Broken(nn.Linear):
+        def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        eman_update_(Broken(2, 2), Broken(2, 2), 0.0)

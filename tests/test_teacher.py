@@ -4,6 +4,7 @@ import copy
 import io
 import operator
 import pickle
+import re
 import shutil
 import warnings
 
@@ -12,7 +13,15 @@ import torch
 from conftest import assert_same_bits, lerp
 from torch import nn
 
-from eman_kernels import EMANTeacher, EMANTeachers, available_backends, plan_for, schedules
+from eman_kernels import (
+    EMANTeacher,
+    EMANTeachers,
+    available_backends,
+    ema_update_,
+    eman_update_,
+    plan_for,
+    schedules,
+)
 
 
 def net():
@@ -1035,3 +1044,48 @@ def test_a_float32_teacher_stays_float32_when_tensors_are_assigned(student, seve
     plain = EMANTeacher(student)
     plain.load_state_dict({name: t.half() for name, t in plain.state_dict().items()}, assign=True)
     assert {p.dtype for p in plain.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("name", "relation"),
+    [
+        ("decay", "momentum=decay"),
+        ("m", "momentum=m"),
+        ("beta", "momentum=beta"),
+        ("tau", "momentum=1 - tau"),
+        ("alpha", "momentum=alpha"),
+        ("alpha", "momentum=1 - alpha"),
+    ],
+)
+def test_other_names_of_the_momentum_are_explained(name, relation):
+    student = nn.Linear(2, 2)
+    teacher, several = EMANTeacher(student), EMANTeachers(student, [0.9, 0.99])
+    plain, given = copy.deepcopy(student), {name: 0.9}
+    for call in (
+        lambda: EMANTeacher(student, **given),
+        lambda: EMANTeachers(student, [0.9], **given),
+        lambda: teacher.update(student, **given),
+        lambda: several.update(student, **given),
+        lambda: eman_update_(plain, student, **given),
+        lambda: ema_update_([plain.weight], [student.weight], **given),
+    ):
+        with pytest.raises(TypeError, match=re.escape(relation)):
+            call()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        teacher.update(student, rate=0.9)
+    with pytest.raises(TypeError, match="missing"):
+        eman_update_(plain, student)
+
+
+def test_a_momentum_for_one_update_of_several_teachers():
+    student = nn.Linear(2, 2)
+    teachers = EMANTeachers(student, [0.9, lambda step: 0.99])
+    with torch.no_grad():
+        student.weight.fill_(8)
+        for teacher in teachers:
+            teacher.module.weight.fill_(0)
+    teachers.update(student, momentum=0.75)
+    assert all((teacher.module.weight == 2).all() for teacher in teachers)
+    assert [teacher.step for teacher in teachers] == [1, 1]
+    teachers.update(momentum=torch.tensor(0.0))
+    assert all((teacher.module.weight == 8).all() for teacher in teachers)

@@ -28,6 +28,9 @@ _FUNCTIONS = ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "de
 # a loop in C++ takes a sixth of the time.
 _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
+# A TensorImpl is at least as large in every torch that this package supports.
+_IMPL_BYTES = 192
+
 Roots = Sequence[nn.Module | list[Tensor]]
 
 
@@ -136,7 +139,7 @@ def _record_tensors(tensors: Iterable[Tensor]) -> list[object]:
         if not isinstance(tensor, UninitializedTensorMixin):
             shape = tensor.shape
             if is_plain(tensor):
-                where, layout = tensor.data_ptr(), tensor.stride()
+                where, layout = (tensor.data_ptr(), tensor.is_neg()), tensor.stride()
         records.append((where, shape, layout, tensor.dtype, tensor.device))
     return records
 
@@ -152,10 +155,11 @@ def _compile_guards(roots: Roots) -> object | None:
 
 
 def _connect_extension() -> bool:
-    """Tell the extension where torch's C interface is, and where a Python tensor stores the address of its TensorImpl.
+    """Tell the extension where torch's C interface is, where a Python tensor stores the address of its TensorImpl, and
+    where that stores its dispatch keys.
 
-    Returns whether both were found. Nothing is assumed of torch's layout: the offset is searched for in several tensors
-    and used only if exactly one fits all of them.
+    Returns whether the first two were found. Nothing is assumed of torch's layout: the offsets are searched for in
+    several tensors and used only if exactly one fits all of them.
     """
     if extension.C is None:
         return False
@@ -166,18 +170,26 @@ def _connect_extension() -> bool:
     except (OSError, AttributeError):
         return False
     tensors = [torch.empty(3), torch.empty(2, 2).t(), nn.Parameter(torch.empty(0)), torch.ones(1, dtype=torch.int64)]
-    size = Tensor.__basicsize__
-    offsets = [
-        {at for at in range(0, size, 8) if int.from_bytes(ctypes.string_at(id(t) + at, 8), "little") == t._cdata}
-        for t in tensors
-    ]
-    common = set.intersection(*offsets)
-    if len(common) != 1:
+    tensors.append(torch._neg_view(torch.ones(2)))
+    offset = _find_offset({id(tensor): tensor._cdata for tensor in tensors}, Tensor.__basicsize__)
+    if offset is None:
         return False
+    keys = {tensor._cdata: torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors}
+    keys_offset = _find_offset(keys, _IMPL_BYTES) or 0
     addresses = [_address_of(function) for function in functions]
-    bump, offset = _address_of(getattr(library, _BUMP_VERSION, None)), common.pop()
-    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, bump)
+    bump = _address_of(getattr(library, _BUMP_VERSION, None))
+    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, keys_offset, bump)
     return True
+
+
+def _find_offset(words: dict[int, int], size: int) -> int | None:
+    """The only offset below size at which each object, given by its address, holds its word; None if there is none."""
+    found = [
+        {at for at in range(0, size, 8) if int.from_bytes(ctypes.string_at(address + at, 8), "little") == word}
+        for address, word in words.items()
+    ]
+    common = set.intersection(*found)
+    return common.pop() if len(common) == 1 else None
 
 
 def _address_of(function: object) -> int:

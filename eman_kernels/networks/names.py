@@ -1,6 +1,7 @@
 """The names of a network's tensors, without the prefixes that wrappers add."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import signature
 from itertools import chain
 
 from torch import Tensor, nn
@@ -32,7 +33,17 @@ def check_network(network: object) -> None:
 
 def iterate_names(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under every name that they have in the module, as in its state_dict."""
-    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return chain.from_iterable(map(_iterate_all_names, (module.named_parameters, module.named_buffers)))
+
+
+def _iterate_all_names(named: Callable[..., Iterator[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+    """The module's own method may have the signature that torch's had before version 2.0."""
+    try:
+        return named(remove_duplicate=False)
+    except TypeError:
+        if "remove_duplicate" in signature(named).parameters:
+            raise
+        return named()
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ..options import Options, Rule
 from .errors import raise_differences, warn_user
 from .names import named_tensors
 from .rules import default_rule, find_state_buffers, matches_any, requested_rule
+from .tensors import fsdp1_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +72,24 @@ def pair_modules(teacher: nn.Module, student: nn.Module, options: Options) -> li
     pairs = [
         Pair(name, teachers[name], students[name], followed[name], because=because.get(name, "")) for name in names
     ]
+    differences += _describe_faults(pairs)
     remedy = (
         "Does the teacher have the student's architecture? If the student was changed after the teacher was made, "
         "change the teacher's network alike: teacher.module.head = copy.deepcopy(student.head).eval()"
         ".requires_grad_(False). "
         'Exclude a tensor that only one of them is to have with a rule such as rules={"predictor.*": "skip"}.'
     )
+    if differences and any(isinstance(module, fsdp1_class()) for net in (teacher, student) for module in net.modules()):
+        remedy = (
+            "FSDP has wrapped or gathered them differently: wrap both with the same arguments (use_orig_params, "
+            "sharding_strategy, auto_wrap_policy), and update outside of summon_full_params(), or in that of both."
+        )
     if "share" in followed.values():
         remedy += (
             " To share again after a copy, a load or a replaced layer: "
             "EMANTeacher(student, module=teacher.module, keep_values=True, rules=...)."
         )
-    raise_differences([*differences, *_describe_faults(pairs)], remedy)
+    raise_differences(differences, remedy)
     return pairs
 
 

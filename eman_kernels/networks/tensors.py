@@ -12,7 +12,23 @@ from torch import Tensor, nn
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's address and strides say where its elements are. Subclasses may not expose their memory."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return _is_of_torch(tensor) and tensor.layout is torch.strided and not tensor.is_nested and has_memory(tensor)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there is memory behind the tensor, as far as that can be seen from outside: subclasses are assumed to
+    have some. The tensors of torch.func's transforms have none, although they are torch.Tensors, and neither have those
+    whose storage has been freed. Meta tensors are refused by their device."""
+    if not _is_of_torch(tensor) or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return True
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:  # a tensor of vmap or grad
+        return False
+
+
+def _is_of_torch(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def effective_strides(tensor: Tensor) -> list[int]:
@@ -46,6 +62,11 @@ def imported_class(module: str, name: str) -> type | tuple[()]:
 def dtensor_class() -> type | tuple[()]:
     """DTensor, for isinstance()."""
     return imported_class("torch.distributed.tensor", "DTensor")
+
+
+def fsdp1_class() -> type | tuple[()]:
+    """FullyShardedDataParallel, for isinstance()."""
+    return imported_class("torch.distributed.fsdp", "FullyShardedDataParallel")
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from ..backends.interface import Arguments, Backend, Work
 from ..networks.errors import NOTHING_WRITTEN, raise_differences
 from ..networks.pairing import Pair
 from ..networks.sharding import number_elements, replace_by_shards
+from ..networks.tensors import has_memory, local_part
 from ..options import Options
 from .chunks import HALF_DTYPES
 from .overlaps import check_overlaps, drop_ties_and_empties
@@ -164,6 +165,13 @@ def _find_plan_fault(pair: Pair, index_of: dict[int, int]) -> str | None:
         if id(tensor) not in index_of:
             return f"no module holds the {who} tensor that named_parameters() or named_buffers() returns"
     teacher, cast = pair.teacher, pair.cast
+    for who, tensor in (("teacher", teacher), ("student", pair.student), ("low-precision copy", cast)):
+        # torch can compute with its zero tensors (the gradients of torch.func), which have no memory.
+        if tensor is not None and not has_memory(local := local_part(tensor)) and not local._is_zerotensor():
+            return (
+                f"the {who} has no memory: it belongs to a transform of torch.func (call the update outside of it), or "
+                "its storage has been freed"
+            )
     if cast is not None and (
         cast.shape != teacher.shape or cast.device != teacher.device or cast.dtype not in HALF_DTYPES
     ):

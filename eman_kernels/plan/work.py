@@ -80,7 +80,7 @@ def why_ineligible(pair: Pair) -> str | None:
         return f"no kernel supports {pair.rule} of {short_dtype(student.dtype)} into {short_dtype(teacher.dtype)}"
     if teacher.is_conj() or student.is_conj() or teacher.is_neg() or student.is_neg():
         return "it is a lazy conjugate or negative view"
-    if effective_strides(teacher) != effective_strides(student):
+    if differ_in_strides(pair):
         return f"the teacher's strides are {teacher.stride()}, the student's {student.stride()}"
     if cast is not None and effective_strides(teacher) != effective_strides(cast):
         return f"the teacher's strides are {teacher.stride()}, its low-precision copy's {cast.stride()}"
@@ -89,6 +89,13 @@ def why_ineligible(pair: Pair) -> str | None:
     if teacher.data_ptr() % teacher.element_size() or student.data_ptr() % student.element_size():
         return "its address is not a multiple of its element size"
     return None
+
+
+def differ_in_strides(pair: Pair) -> bool:
+    """Whether a pair of plain tensors on one device has different strides."""
+    teacher, student = pair.teacher, pair.student
+    plain = is_plain(teacher) and is_plain(student) and teacher.device == student.device
+    return plain and effective_strides(teacher) != effective_strides(student)
 
 
 def why_torch_cannot(bundle: list[Pair], n_teachers: int, options: Options) -> str | None:

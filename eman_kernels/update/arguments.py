@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import Arguments
-from ..networks.tensors import is_distributed, is_plain
+from ..networks.tensors import has_memory, is_distributed, is_plain
 
 
 def make_arguments(
@@ -101,7 +101,10 @@ def _materialize(name: str, tensor: Tensor) -> Tensor:
     if is_distributed(tensor):
         tensor = tensor.full_tensor()
     if not is_plain(tensor):
-        raise TypeError(f"the {name} must be a plain torch.Tensor, whose memory the kernel reads, not a {type(tensor)}")
+        kind = (
+            str(type(tensor)) if has_memory(tensor) else "tensor without memory, such as one of torch.func's transforms"
+        )
+        raise TypeError(f"the {name} must be a plain torch.Tensor, whose memory the kernel reads, not a {kind}")
     return tensor.resolve_conj().resolve_neg()
 
 

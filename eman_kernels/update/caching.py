@@ -2,6 +2,9 @@
 
 timm's LeViT, TinyViT and EfficientFormer cache attention biases, and drop or renew them in ``train(mode)``: up to
 1.0.29 in ``train(True)`` only.
+
+FSDP1 caches too: after a forward its root keeps the gathered parameters, and the next forward reads them instead of the
+shards that an update writes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,20 +17,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.interrupts import call_all, prepare_calls
-from ..networks.tensors import storage_key
+from ..networks.tensors import fsdp1_class, storage_key
 
 # train() methods that only pass the mode on to child modules, and cache nothing.
 _PLAIN_TRAIN = {"torch.nn.modules.module.Module.train", "transformers.modeling_utils.PreTrainedModel.train"}
 
 
 def find_caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
-    """Modules whose class overrides train(). It calls train() of the modules inside, so those are not listed.
+    """Modules whose class overrides train(), and those of FSDP1. The former call train() of the modules inside, so
+    those are not listed.
 
     Raises ValueError, and changes nothing, if the train() of one of them writes parameters.
     """
     found = dict(_find_overridden_train(network, ""))
     for name, module in found.items():
-        if _writes_parameters(module):
+        if not isinstance(module, fsdp1_class()) and _writes_parameters(module):
             raise ValueError(
                 f"train() of {name or 'the network'} ({type(module).__name__}) changes parameters, so teacher and "
                 "student would hold different things under one name. Keep its weights as they are in both modes: "
@@ -38,7 +42,9 @@ def find_caching_modules(network: nn.Module) -> list[ref[nn.Module]]:
 
 def _find_overridden_train(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     train = type(network).train
-    if f"{train.__module__}.{train.__qualname__}" not in _PLAIN_TRAIN:
+    if isinstance(network, fsdp1_class()):
+        yield name, network
+    elif f"{train.__module__}.{train.__qualname__}" not in _PLAIN_TRAIN:
         yield name, network
         return
     for key, child in network.named_children():
@@ -47,10 +53,12 @@ def _find_overridden_train(network: nn.Module, name: str) -> Iterator[tuple[str,
 
 def renew_caches(modules: Iterable[ref[nn.Module]]) -> None:
     """Switch the modules to training mode and back, upon which they drop their caches. Safe to repeat after an
-    interrupt, which leaves every module in the mode that it was in."""
+    interrupt, which leaves every module in the mode that it was in. FSDP1 frees what it has gathered."""
     for reference in modules:
         module = reference()
-        if module is not None:
+        if isinstance(module, fsdp1_class()):
+            _free_gathered_parameters(module)
+        elif module is not None:
             _switch_modes(module, [True] if module.training else [True, False])
 
 
@@ -145,3 +153,14 @@ class CacheGuard:
         modules = [module for reference in self.modules if (module := reference()) is not None]
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         return [(id(tensor), None if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def _free_gathered_parameters(module: nn.Module) -> None:
+    handle = vars(module).get("_handle")
+    if handle is None or module._is_root is None or not handle.uses_sharded_strategy:
+        return  # it has no parameters, has not run yet, or has replicas instead of shards
+    # Within summon_full_params the gathered parameters are what was written.
+    if handle._training_state.name == "IDLE" and not handle.needs_unshard():
+        from torch.distributed.fsdp._runtime_utils import _reshard
+
+        _reshard(module, handle, free_unsharded_flat_param=True)

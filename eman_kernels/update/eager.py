@@ -10,10 +10,11 @@ from ..backends.interface import Arguments
 from ..networks.errors import warn_user
 from ..networks.guards import Guards, increment_versions
 from ..networks.names import named_tensors
-from ..networks.pairing import check_lengths, check_order, pair_lists, pair_modules
+from ..networks.pairing import Pair, check_lengths, check_order, pair_lists, pair_modules
 from ..options import Options
 from ..plan.cache import CachedPlan, Found, cache_of_lists, cache_of_networks
 from ..plan.plan import Plan
+from ..plan.work import differ_in_strides
 from .buffer_sync import BufferSync, find_buffer_sync
 from .caching import find_caching_modules, renew_caches
 from .low_precision import LowPrecisionCopy
@@ -149,6 +150,7 @@ def _plan_networks(
     buffers: list[Tensor] = []
     if buffer_sync is not None:
         pairs, buffers = buffer_sync.replace_buffers(pairs, student)
+    _warn_if_layouts_differ(pairs)
     roots = _collect_roots(teachers, student, copies, buffer_sync)
     guards = Guards(roots)
     tensors = guards.check(roots)
@@ -168,6 +170,20 @@ def _plan_networks(
 def _mark_copies_written(copies: Sequence[LowPrecisionCopy], cached: CachedPlan, tensors: list[Tensor]) -> None:
     for copy, masters, which in zip(copies, cached.masters, cached.written_copies, strict=True):
         copy.mark_written([tensors[i] for i in masters], which)
+
+
+def _warn_if_layouts_differ(pairs: Sequence[Pair]) -> None:
+    """Once per plan, if the reference must update more than a tenth of the elements because of their strides."""
+    slow = [pair for pair in pairs if differ_in_strides(pair)]
+    elements = sum(pair.teacher.numel() for pair in slow)
+    if 10 * elements > sum(pair.teacher.numel() for pair in pairs):
+        first = slow[0]
+        warn_user(
+            f"{elements} elements take the slow path, because their strides differ between teacher and student, such "
+            f"as {first.name}: {first.teacher.stride()} and {first.student.stride()}. Give both one layout: convert "
+            "the student before the teacher is made, or also convert the teacher, for example by "
+            "teacher.to(memory_format=torch.channels_last)."
+        )
 
 
 def _warn_if_stalled(plan: Plan, arguments: Arguments) -> None:

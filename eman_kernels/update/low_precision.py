@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..networks.guards import Guards
 from ..networks.sharding import check_cast_with_sharding
-from ..networks.tensors import local_part
+from ..networks.tensors import has_memory, local_part
 
 _versions = attrgetter("_version")
 
@@ -41,7 +41,8 @@ class LowPrecisionCopy:
         Returns the source tensors of `copies`, in the same order.
         """
         found = self._guards.check([master]) if self._guards is not None else None
-        if found is None:
+        # Copies that were made within a transform of torch.func are of no use outside of it.
+        if found is None or not all(map(has_memory, self.copies[:1])):
             return self._make_copies(master)
         masters = [found[i] for i in self._indices]
         self.refresh(masters)

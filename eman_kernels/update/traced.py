@@ -1,4 +1,5 @@
-"""The update while torch.compile or torch.export traces it: the graph contains the operator, and a step runs no Python.
+"""The update while torch.compile, torch.export or make_fx traces it: the graph contains the operator, and a step runs
+no Python.
 
 Functions decorated with assume_constant_result run once, when the graph is made. Updates that need Python in every step
 (collectives, DTensors, modules that cache) break the graph and run eagerly.
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..networks.names import named_tensors
 from ..networks.pairing import check_order, pair_modules
@@ -191,7 +193,8 @@ def _reference_once(module_id: int) -> Any:
 def _prepare_once(network_id: int, state_id: int, on_device: bool) -> None:
     """Puts the step into a tensor, because a number would be a constant of the graph."""
     state = _object_of(state_id)
-    state.prepare_counters(_object_of(network_id), on_device)
-    if not isinstance(state.step, Tensor):
-        with torch.inference_mode(False):
-            state.step = torch.full((), state.step, dtype=torch.int64, device="cpu")
+    with _disable_current_modes():  # make_fx would make the counters local to its graph
+        state.prepare_counters(_object_of(network_id), on_device)
+        if not isinstance(state.step, Tensor):
+            with torch.inference_mode(False):
+                state.step = torch.full((), state.step, dtype=torch.int64, device="cpu")

@@ -12,11 +12,15 @@ from conftest import (
     is_interpreted,
     lerp,
     skip_unless_selectable,
+    tensors_of,
     update,
+    work_of,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eman_kernels import EMANTeacher, ema_update_, eman_update_
+from eman_kernels.backends import foreach
 from eman_kernels.backends.interface import Arguments
 from eman_kernels.networks.pairing import Pair
 
@@ -359,3 +363,81 @@ def test_a_copied_buffer_of_a_dtype_whose_finiteness_no_kernel_checks():
     eman_update_(teacher, student, 0.5, buffers="copy", nonfinite="skip", skipped=skipped)
     assert same(teacher.b, torch.tensor([1.0, NAN, 2.0]))
     assert skipped == 2
+
+
+# ---------------------------------------------------------------- infinities that appear after the plan was made
+
+
+@pytest.mark.parametrize("momentum", [0.25, 0.75])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_that_become_infinite_after_the_plan(backend_and_device, dtype, momentum):
+    """Both signs, in one tensor of several, for several updates, and finite again: the bits of the reference."""
+    backend, device = backend_and_device
+    start, changed = every_number(dtype, dtype)
+    students = [torch.linspace(-2, 2, start.numel()).to(device, dtype) for _ in range(3)]
+    teachers = [student.flip(0).contiguous() for student in students]
+    expected = [teacher.cpu().clone() for teacher in teachers]
+
+    def follow():
+        ema_update_(teachers, students, momentum, backend=backend)
+        for i, (teacher, student) in enumerate(zip(teachers, students, strict=True)):
+            expected[i] = lerp(expected[i], student.cpu(), momentum)
+            comparison(backend, device, dtype, dtype)(teacher, expected[i])
+
+    follow()
+    follow()
+    finite = students[1].clone()
+    students[1].copy_(changed)
+    for _ in range(3):
+        follow()
+    teachers[1].copy_(start)
+    expected[1] = start
+    follow()
+    assert (expected[1] == INF).any()  # where the plain formula gives NaN
+    students[1].copy_(finite)
+    follow()
+
+
+def updated_as_on_a_gpu(teachers, students, momentum):
+    """By the operations that foreach uses on a GPU. Returns them, without views, which launch nothing."""
+    pairs = [Pair("", *pair, "ema") for pair in zip(teachers, students, strict=True)]
+    work = work_of(pairs, foreach, torch.device("xpu", 0))
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if not operation.is_view:
+                seen.append(operation)
+            return operation(*args, **(kwargs or {}))
+
+    with Record():
+        foreach.run(work, Arguments([momentum]), tensors_of(pairs))
+    return seen
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1 << 27])
+@pytest.mark.parametrize("momentum", [0.25, 0.75])
+def test_foreach_joins_tensors_where_each_operation_is_a_launch(monkeypatch, limit, momentum):
+    monkeypatch.setattr(foreach, "_JOINED_BYTES", limit)
+    start, student = every_number(torch.float32, torch.float32)
+    shapes = [(-1,), (1, -1), (-1, 1, 1), (start.numel() // 3, 3) if start.numel() % 3 == 0 else (-1, 1)]
+    students = [student.reshape(shape).clone() for shape in shapes]
+    teachers = [start.reshape(shape).clone() for shape in shapes]
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    teachers.append(last.clone())
+    students.append(torch.randn_like(last))
+    expected = [lerp(*pair, momentum) for pair in zip(teachers, students, strict=True)]
+    operations = updated_as_on_a_gpu(teachers, students, momentum)
+    for teacher, want in zip(teachers, expected, strict=True):
+        assert_same_bits(teacher, want)
+    assert len(operations) <= 6 * (1 if limit > 100 else len(teachers))
+
+
+def test_foreach_needs_few_launches_for_a_resnet50():
+    torchvision = pytest.importorskip("torchvision")
+    networks = [torchvision.models.resnet50() for _ in range(2)]
+    tensors = [[t.detach() for t in net.state_dict().values() if t.is_floating_point()] for net in networks]
+    operations = updated_as_on_a_gpu(*tensors, 0.999)
+    assert len(operations) <= 7  # and one for the integer buffers
+    reads = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+    assert not reads & set(operations)

@@ -26,6 +26,8 @@ from eman_kernels.networks.names import named_tensors
 from eman_kernels.plan import cache
 from eman_kernels.update import eager, swapping
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*take the slow path")
+
 
 @pytest.fixture(params=["compiled", "python"])
 def _looking(request, monkeypatch):
@@ -167,6 +169,12 @@ def transpose_in_place(net):
         net.inner[0].weight.t_()
 
 
+def negate_lazily(net):
+    """The same memory under a view with the opposite sign, which only the dispatch keys show."""
+    net.inner[0].weight.data = torch._neg_view(net.inner[0].weight.data)
+    net.norm.running_mean.data = torch._neg_view(net.norm.running_mean.data)
+
+
 def another_dtype(net):
     net.inner[0].bias.data = net.inner[0].bias.data.to(torch.bfloat16)
 
@@ -230,7 +238,7 @@ def another_class(net):
 CHANGES = [
     replace_layer, delete_and_make_a_layer, reset_layer, update_dict, replace_modules_dict, replace_parameters_dict,
     exchange_names, exchange_parameters, exchange_square_parameters, load_assign, set_data, set_data_twice, set_storage,
-    transpose_data, transpose_buffer, transpose_in_place, another_dtype, to_double, to_half_and_back,
+    transpose_data, transpose_buffer, transpose_in_place, negate_lazily, another_dtype, to_double, to_half_and_back,
     to_channels_last, replace_buffer, replace_counter_by_an_equal_one, tie, swap_tensors, swap_in_the_module,
     move_by_swapping, requires_grad, wrap, another_class,
 ]  # fmt: skip

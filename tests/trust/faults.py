@@ -68,8 +68,8 @@ FAULTS = [
     Fault("find_entry", "key == name ? value : PyDict_GetItem(dict, name)", "value", "test_guards.py test_life.py"),
     Fault(
         "_record_tensors",
-        "where, layout = tensor.data_ptr(), tensor.stride()",
-        "where = tensor.data_ptr()",
+        "where, layout = (tensor.data_ptr(), tensor.is_neg()), tensor.stride()",
+        "where = tensor.data_ptr(), tensor.is_neg()",
         PYTHON_GUARDS,
     ),
     Fault("_record_tensors", "tensor.dtype, tensor.device", "tensor.device", PYTHON_GUARDS),
@@ -124,9 +124,7 @@ FAULTS = [
     Fault("elements_per_chunk", "// max(", "// min(", "test_chunks.py"),
     Fault("find_pair_code", "pair.teacher.dtype != pair.student.dtype or", "", "test_chunks.py"),
     # ------------------------------------------------------------ which pairs the kernels take
-    Fault(
-        "why_ineligible", "if effective_strides(teacher) != effective_strides(student)", "if False", "test_chunks.py"
-    ),
+    Fault("why_ineligible", "if differ_in_strides(pair)", "if False", "test_chunks.py"),
     Fault("why_ineligible", "effective_strides(teacher) != effective_strides(cast)", "False", "test_guards.py -k copy"),
     Fault("why_ineligible", "extent(teacher) != teacher.numel()", "False", "test_chunks.py"),
     Fault(
@@ -276,8 +274,8 @@ FAULTS = [
     Fault("reference.run", "if place.group == 0 and", "if", "test_general.py"),
     Fault("reference.run", "new = torch.where(arguments.found_inf != 0, teacher, new)", "pass", "test_general.py"),
     Fault(
-        "foreach._lerp",
-        "partial(torch.where, where, student, teacher, out=teacher)",
+        "_lerp_on_cpu",
+        "partial(torch.where, equal, student, teacher, out=teacher)",
         "int",
         "test_nonfinite.py test_backends.py",
     ),

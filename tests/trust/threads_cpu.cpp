@@ -1,5 +1,6 @@
 // Several plans at the same time on the CPU kernel, for ThreadSanitizer: threads that share only a student must not
-// race. With an argument, two threads also share a teacher, to show that the sanitizer detects races. sanitize.py runs both.
+// race. With an argument, two threads also share a teacher, to show that the sanitizer detects races. sanitize.py runs
+// both.
 #include <cstdio>
 #include <thread>
 #include <vector>

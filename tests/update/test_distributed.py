@@ -862,6 +862,62 @@ def test_the_full_state_dict_equals_that_of_a_plain_network(world: World) -> Non
     world.run(gather_whole)
 
 
+def follow_with_fsdp1(strategy: str, orig: bool) -> list[Any]:
+    """Whether the teacher answers like the student, which it copies, after forwards of either; then the error while
+    only the student is gathered, and whether an update while both are gathered is kept."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval().to(device())
+    options = {"sharding_strategy": getattr(ShardingStrategy, strategy), "use_orig_params": orig}
+    options["device_id"] = torch.device(device())
+    student, module = (FullyShardedDataParallel(copy.deepcopy(net), **options) for _ in range(2))
+    teacher = EMANTeacher(student, 0.0, module=module, keep_values=True)
+    inputs, results = torch.ones(2, 4, device=device()), []
+
+    def answers() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return teacher(inputs), student(inputs)
+
+    def change() -> None:
+        with FullyShardedDataParallel.summon_full_params(student), torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(1)
+
+    for forward in (False, True, True):
+        if forward:
+            before, _ = answers()
+        change()
+        teacher.update(student)
+        mine, theirs = answers()
+        results.append(torch.equal(mine, theirs) and not (forward and torch.equal(mine, before)))
+    gathered = FullyShardedDataParallel.summon_full_params
+    with gathered(student):
+        results.append(raised(lambda: teacher.update(student)))
+    change()
+    with gathered(student), gathered(teacher.module):
+        teacher.update(student)
+    results.append(torch.equal(*answers()))
+    with teacher.swapped(student):
+        swapped = answers()
+    results.append(torch.equal(*swapped) and torch.equal(*answers()))
+    return results
+
+
+@pytest.mark.parametrize("orig", [True, False])
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_reads_what_was_updated(
+    worlds: Callable[[str, int], World], backend: str, strategy: str, orig: bool
+) -> None:
+    """Its root keeps the gathered parameters after a forward."""
+    for *followed, error, together, swapped in worlds(backend, 2).run(follow_with_fsdp1, strategy, orig):
+        assert followed == [True] * 3
+        assert "summon_full_params" in error
+        assert "architecture" not in error
+        assert (together, swapped) == (True, True)
+
+
 def share_what_fsdp_gathers() -> str | None:
     return raised(lambda: EMANTeacher(shard(uneven()), module=shard(uneven()), rules={"0.*": "share"}))
 

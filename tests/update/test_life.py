@@ -25,6 +25,8 @@ from torch import nn
 from eman_kernels import EMANTeacher, EMANTeachers, eman_update_
 from eman_kernels.backends import cpu
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*take the slow path")
+
 FUZZ = os.environ.get("EMAN_KERNELS_FUZZ")
 STEPS = [int(FUZZ)] if FUZZ else [2_000, pytest.param(10_000, marks=pytest.mark.slow)]
 STEPS_OF_A_LIFE = 50

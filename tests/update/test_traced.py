@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_same_bits
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from eman_kernels import EMANTeacher, EMANTeachers, ema_update_, eman_update_, schedules
 from eman_kernels.update import eager
@@ -407,3 +408,40 @@ def test_importing_and_updating_do_not_import_dynamo():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# ---------------------------------------------------------------- make_fx
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_update_of_lists(mode):
+    def step(teacher, student):
+        ema_update_([teacher], [student], 0.75)
+        return teacher * 2
+
+    graph = make_fx(step, tracing_mode=mode)(torch.zeros(3), torch.ones(3))
+    teacher = torch.full((3,), 4.0)
+    assert graph(teacher, torch.zeros(3)).tolist() == [6.0] * 3
+    assert teacher.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("schedule", [0.5, lambda step: 1 - 1 / (step + 2)])
+def test_make_fx_records_the_update_of_a_teacher(schedule):
+    student = nn.Linear(1, 1, bias=False)
+    teacher, eager = EMANTeacher(student, schedule), EMANTeacher(student, schedule)
+
+    def step(x):
+        teacher.update(student)
+        return teacher(x)
+
+    graph = make_fx(step)(torch.ones(1, 1))
+    eager.update(student)
+    for value in (3.0, 5.0):
+        with torch.no_grad():
+            student.weight.fill_(value)
+        result = graph(torch.ones(1, 1))
+        eager.update(student)
+        assert_same_bits(teacher.module.weight, eager.module.weight)
+        assert torch.equal(result, eager(torch.ones(1, 1)))
+    assert teacher.step == eager.step == 3
+    teacher.update(student)

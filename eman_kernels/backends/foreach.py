@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from functools import partial
 from math import isfinite
-from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import reference
 from .interface import Arguments, Place, Work
@@ -73,15 +73,19 @@ def _lerp_on_cpu(work: Work, places: Sequence[Place], tensors: Sequence[Tensor],
 
 
 def _is_known_finite(work: Work, index: int, student: Tensor) -> bool:
-    """Whether the student has not been written since it was found finite: the same object with the same version. Writes
-    that torch does not track (``p.data.fill_``) are not noticed."""
+    """Whether the student has not been written since it was found finite: the same object with the same version and
+    memory. Writes that torch does not track (``p.data.fill_``) are not noticed."""
     seen = work.finite.get(index)
-    return seen is not None and seen[0]() is student and seen[1] == student._version
+    return (
+        seen is not None and seen[:3] == (id(student), student._version, student.data_ptr()) and not seen[3].expired()
+    )
 
 
 def _remember_finite(work: Work, index: int, student: Tensor) -> None:
     if not student.is_inference():  # has no version
-        work.finite[index] = ref(student), student._version
+        # A weak reference to the tensor itself would make swap_tensors fail.
+        storage = StorageWeakRef(student.untyped_storage())
+        work.finite[index] = id(student), student._version, student.data_ptr(), storage
 
 
 def _lerp_joined(teachers: Sequence[Tensor], students: Sequence[Tensor], weight: float) -> None:

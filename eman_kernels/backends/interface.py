@@ -7,10 +7,10 @@ This package is the bottom layer of eman_kernels: it imports nothing from the re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(slots=True)
@@ -66,8 +66,8 @@ class Work:
     # The streams for which the allocator keeps the table's memory, and whether _captured_tables keeps it.
     streams: set[int] = field(init=False, default_factory=set)
     captured: bool = field(init=False, default=False)
-    # Students that foreach has found finite, by index: which tensor, and its version then.
-    finite: dict[int, tuple[ref[Tensor], int]] = field(init=False, default_factory=dict)
+    # Students that foreach has found finite, by index: id, version, address and storage at that time.
+    finite: dict[int, tuple[int, int, int, StorageWeakRef]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.general = self.n_teachers > 1 or self.stochastic or self.skip_nonfinite or self.casts

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 
 from ..backends.interrupts import call_all, prepare_calls
 from ..networks.tensors import fsdp1_class, storage_key
@@ -79,9 +79,9 @@ class _ParameterWritten(Exception):
 class _RefuseWrites(TorchDispatchMode):
     """Raises before an operation writes one of these storages, also through ``.data`` and other views."""
 
-    def __init__(self, storages: Iterable[int]) -> None:
+    def __init__(self, storages: set[int]) -> None:
         super().__init__()
-        self._storages = set(storages)
+        self._storages = storages
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | (
@@ -103,13 +103,18 @@ def _writes_parameters(module: nn.Module) -> bool:
     # Ends in the mode that the module was in, so that its caches are those of this mode.
     modes = [False, True] if module.training else [True, False]
     same = False
+    refused = {storage for *_, storage in held}
+    mode = _RefuseWrites(refused)
     try:
-        with _RefuseWrites(storage for *_, storage in held):
+        with mode:
             _switch_modes(module, modes)
         same = [(id(p), storage_key(p)) for p in module.parameters()] == [(id(p), s) for p, _, s in held]
     except _ParameterWritten:
         pass
-    finally:  # also after an interrupt
+    finally:  # also after an interrupt, which can keep `with` from removing the mode
+        refused.clear()
+        if mode in _get_current_dispatch_mode_stack():
+            _pop_mode()
         if not same:
             for parameter, data, storage in held:
                 if storage_key(parameter) != storage:

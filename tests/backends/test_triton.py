@@ -58,10 +58,10 @@ def test_some_interpreted():
         ("test_backends.py", 8 * 4 + 7 * 2 + 8 * 3 + 1 + 8),
         # 8 pairs x 5 momenta x 3 ways to pass them, x 5, 2 pairs, 8 pairs x 3 ways. Cast: 3 pairs x 2 dtypes x 5.
         # Stochastic: 4 pairs x 5 x 3, and momentum 0. Skipping: 8 x 5 x 2 roundings x 3. Copied: 4 dtypes x 2.
-        # found_inf: 2. Networks: 2 of 3, the third is skipped. Healing: 2 dtypes.
+        # found_inf: 2. Networks: 2 of 3, the third is skipped. Healing: 2 dtypes. Infinite later: 2 dtypes x 2 momenta.
         (
             "test_nonfinite.py",
-            8 * 5 * 3 + 8 * 5 + 2 + 8 * 3 + 3 * 2 * 5 + 4 * 5 * 3 + 1 + 8 * 5 * 2 * 3 + 4 * 2 + 2 + 2 + 2,
+            8 * 5 * 3 + 8 * 5 + 2 + 8 * 3 + 3 * 2 * 5 + 4 * 5 * 3 + 1 + 8 * 5 * 2 * 3 + 4 * 2 + 2 + 2 + 2 + 2 * 2,
         ),
         # Stochastic: 4 pairs x 3 alignments x 2, draws, 3 large numbers. Cast: 3 pairs x 2 dtypes and alignments.
         # Skipping: 8 pairs, counted and not, 4 copies, integers. Teachers: 3 counts x 3 momenta, the first teacher.

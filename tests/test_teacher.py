@@ -806,6 +806,15 @@ def test_one_of_several_is_replaced(student):
     assert torch.equal(teachers[1].module[0].weight, student[0].weight)
 
 
+def test_a_single_one_of_several_follows_the_optimizer(student):
+    teachers = EMANTeachers(student, [0.5])
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    teachers.follow(optimizer, student)
+    student(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    assert [teacher.step for teacher in teachers] == [1]
+
+
 def test_teachers_that_share_memory(student):
     teachers = EMANTeachers(student, [0.9, 0.5])
     teachers[1].module[0].weight = teachers[0].module[0].weight

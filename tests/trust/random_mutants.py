@@ -4,8 +4,8 @@
 
 Cosmic Ray's operators make the changes. Every position in the code that an operator can change is drawn with the same
 probability, then one of the operators that apply there; type annotations are left out. The tests are those that mirror
-the module (tests/update/test_step.py for eman_kernels/update/step.py) and, if they detect nothing, those of its folder
-and the general ones. Exits with 1 if fewer than nine tenths were detected.
+the module (tests/update/test_step.py for eman_kernels/update/step.py), if they detect nothing, those of its folder and
+the general ones, and at last those of all folders. Exits with 1 if fewer than nine tenths were detected.
 """
 
 import ast
@@ -52,14 +52,14 @@ def find_changes(text: str) -> dict[tuple[int, int], list[Change]]:
 
 
 def stages(project: Path, module: Path) -> Iterator[list[Path]]:
-    """The tests of a module: the nearest first, then the others."""
-    tests = project / "tests"
-    nearest = sorted(tests.rglob(f"test_{module.stem}.py"))
-    if nearest:
+    """The tests of a module: the nearest first, then those of its folder and the general ones, then all folders."""
+    tests, general = project / "tests", [path for pattern in GENERAL for path in (project / "tests").rglob(pattern)]
+    if nearest := sorted(tests.rglob(f"test_{module.stem}.py")):
         yield nearest
     folder = tests / module.parent.relative_to(project / "eman_kernels")
-    yield [*([folder] if folder not in (tests, tests / "integrations") and folder.exists() else []),
-           *(path for pattern in GENERAL for path in sorted(tests.rglob(pattern)))]  # fmt: skip
+    if folder.exists() and folder.name not in ("tests", "integrations"):
+        yield [folder, *general]
+    yield [*(path for path in sorted(tests.iterdir()) if path.is_dir() and any(path.glob("test_*.py"))), *general]
 
 
 def run_tests(project: Path, paths: list[Path], *arguments: str) -> bool:

@@ -810,7 +810,7 @@ def test_a_single_one_of_several_follows_the_optimizer(student):
     teachers = EMANTeachers(student, [0.5])
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     teachers.follow(optimizer, student)
-    student(torch.randn(2, 3, 8, 8)).sum().backward()
+    student(torch.randn(2, 3, 6, 6)).sum().backward()
     optimizer.step()
     assert [teacher.step for teacher in teachers] == [1]
 

@@ -28,8 +28,8 @@ _FUNCTIONS = ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "de
 # a loop in C++ takes a sixth of the time.
 _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
-# A TensorImpl is at least as large in every torch that this package supports.
-_IMPL_BYTES = 192
+# The search for the dispatch keys in a TensorImpl ends here. They are its last field, at byte 168 in torch 2.14.
+_MAX_IMPL_BYTES = 192
 
 Roots = Sequence[nn.Module | list[Tensor]]
 
@@ -158,8 +158,8 @@ def _connect_extension() -> bool:
     """Tell the extension where torch's C interface is, where a Python tensor stores the address of its TensorImpl, and
     where that stores its dispatch keys.
 
-    Returns whether the first two were found. Nothing is assumed of torch's layout: the offsets are searched for in
-    several tensors and used only if exactly one fits all of them.
+    Returns whether the first two were found. Nothing is assumed of torch's layout: an offset is used only if it fits
+    several tensors with different words.
     """
     if extension.C is None:
         return False
@@ -175,7 +175,7 @@ def _connect_extension() -> bool:
     if offset is None:
         return False
     keys = {tensor._cdata: torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors}
-    keys_offset = _find_offset(keys, _IMPL_BYTES) or 0
+    keys_offset = _find_offset(keys, _MAX_IMPL_BYTES) or 0
     addresses = [_address_of(function) for function in functions]
     bump = _address_of(getattr(library, _BUMP_VERSION, None))
     extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, keys_offset, bump)
@@ -183,13 +183,14 @@ def _connect_extension() -> bool:
 
 
 def _find_offset(words: dict[int, int], size: int) -> int | None:
-    """The only offset below size at which each object, given by its address, holds its word; None if there is none."""
-    found = [
-        {at for at in range(0, size, 8) if int.from_bytes(ctypes.string_at(address + at, 8), "little") == word}
-        for address, word in words.items()
-    ]
-    common = set.intersection(*found)
-    return common.pop() if len(common) == 1 else None
+    """The first offset below size at which each object, given by its address, holds its word; None if there is none.
+
+    The search ascends, so that it reads nothing behind an object that holds its word.
+    """
+    for offset in range(0, size, 8):
+        if all(int.from_bytes(ctypes.string_at(address + offset, 8), "little") == word for address, word in words.items()):
+            return offset
+    return None
 
 
 def _address_of(function: object) -> int:

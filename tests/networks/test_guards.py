@@ -1,5 +1,6 @@
 """Guards and the plan cache: every way in which a plan's assumptions can change, and what a plan keeps alive."""
 
+import ctypes
 import gc
 import os
 import signal
@@ -800,3 +801,19 @@ def test_any_sequence_of_changes_of_lists(changes):
             if who in (name, "both") or change in BOTH_SIDES:
                 lists[name] = change(lists[name])
         assert_lists_follow(*lists.values())
+
+
+def test_the_search_for_a_field_reads_nothing_behind_it(monkeypatch):
+    objects = [(ctypes.c_uint64 * 3)(1, 2, 7), (ctypes.c_uint64 * 3)(7, 9, 8)]  # words, of which the last is sought
+    words = {ctypes.addressof(each): each[2] for each in objects}
+    ends = [address + ctypes.sizeof(each) for address, each in zip(words, objects, strict=True)]
+    read, string_at = [], ctypes.string_at
+
+    def record(address, size):
+        read.append(address + size)
+        return string_at(address, size)
+
+    monkeypatch.setattr(ctypes, "string_at", record)
+    assert guards._find_offset(words, size=64) == 16
+    assert all(any(end - 24 < at <= end for end in ends) for at in read)
+    assert guards._find_offset(words | {ctypes.addressof(objects[0]): 1}, size=16) is None

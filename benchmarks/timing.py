@@ -5,7 +5,6 @@ round. On CUDA the time is device time, measured with events; the host's time fo
 """
 
 import copy
-import ctypes
 import datetime
 import gc
 import platform
@@ -13,6 +12,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,13 +25,12 @@ from tqdm import tqdm
 from updates import COPY, GRAPH, LIMIT, Following, Method, Update
 
 import eman_kernels
+from eman_kernels.__main__ import name_processor, pin_the_heap, time_call
 
 MOMENTUM = 0.999
 WARM_UP = 3
 CACHE_BYTES = 256 << 20  # larger than any cache that must be cold
 QUEUE = 1024  # launches that a CUDA stream can queue before the host blocks
-CYCLES = 2_000_000  # upper bound of a GPU's clock cycles per millisecond
-LONGEST_SLEEP = 50  # ms
 PACKAGES = ("torch", "torchvision", "timm", "ema-pytorch", "torch-ema", "diffusers", "lightly", "lightning", "apex")
 
 
@@ -89,42 +88,7 @@ def evict_caches(cache: Tensor) -> None:
 
 def time_once(update: Update, device: torch.device, cache: Tensor) -> tuple[float, float]:
     """Milliseconds of device work and of host time for one call with a cold cache."""
-    evict_caches(cache)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    update()
-    host = 1e3 * (time.perf_counter() - begin)
-    if device.type != "cuda":
-        return host, host
-    # Call it again to measure the device time, behind a sleep during which the launches queue up: gaps between launches
-    # on the host then do not count as device time.
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    evict_caches(cache)
-    torch.cuda._sleep(sleep_cycles(host))
-    start.record()
-    update()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end), host
-
-
-def sleep_cycles(host_ms: float) -> int:
-    """Twice the host's time for the launches, plus a margin for noise."""
-    return int(CYCLES * min(2 * host_ms + 0.2, LONGEST_SLEEP))
-
-
-def pin_the_heap() -> None:
-    """Return free memory to the system now, and make glibc keep memory that is freed later, as in a training process.
-
-    In a small process, glibc returns each temporary of a method to the system and page-faults again for the next one.
-    The published loop and diffusers would then take several times as long, which would make us look too good.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.malloc_trim(0)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: glibc's maximum
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    return time_call(update, device, partial(evict_caches, cache))
 
 
 def capture_graph(update: Update) -> Update:
@@ -259,11 +223,7 @@ def measure(
 
 
 def machine(device: torch.device) -> dict[str, str | float]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    described: dict[str, str | float] = {"device": "cpu", "cpu": cpu, "python": platform.python_version()}
+    described: dict[str, str | float] = {"device": "cpu", "cpu": name_processor(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
             described[package] = version(package)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import eman_kernels
 from eman_kernels import EMANTeacher, ema_update_, eman_update_, plan_for
+from eman_kernels import __main__ as bench
+from eman_kernels.__main__ import Update, split_tensors
 from eman_kernels.plan.plan import Plan
 
 LOOP, LIMIT, COPY = "published EMAN loop", "limit: one flat lerp", "flat copy"
 OURS = "eman_kernels"  # prefix of the names of all our methods
 GRAPH = ", in a CUDA graph"  # suffix of the names of replayed methods
 KINDS = ("parameters", "float buffers", "counters")
-
-Update = Callable[[], object]
 
 
 class Following(NamedTuple):
@@ -36,23 +36,7 @@ class Method(NamedTuple):
 
 
 def published_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    def update() -> None:
-        followed = student.state_dict()
-        for name, tensor in teacher.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(tensor * momentum + followed[name] * (1.0 - momentum))
-            else:
-                tensor.copy_(followed[name])
-
-    return Following(update, tensors_of(teacher))
-
-
-def split_tensors(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], ...]:
-    """Four lists: averaged tensors of the teacher and their students, copied tensors and their sources."""
-    mine, theirs = teacher.state_dict(), student.state_dict()
-    averaged = [name for name, tensor in mine.items() if tensor.is_floating_point()]
-    copied = [name for name, tensor in mine.items() if not tensor.is_floating_point()]
-    return tuple([which[name] for name in names] for names in (averaged, copied) for which in (mine, theirs))
+    return Following(bench.published_loop(teacher, student, momentum), tensors_of(teacher))
 
 
 def lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
@@ -68,14 +52,7 @@ def lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Follow
 
 
 def foreach(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
-    averaged, followed, copied, source = split_tensors(teacher, student)
-
-    def update() -> None:
-        torch._foreach_lerp_(averaged, followed, 1.0 - momentum)
-        if copied:
-            torch._foreach_copy_(copied, source)
-
-    return Following(update, tensors_of(teacher))
+    return Following(bench.foreach_lerp(teacher, student, momentum), tensors_of(teacher))
 
 
 def compiled_lerp_loop(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:

@@ -1,17 +1,19 @@
 """The update and the swap as functions: of two networks, or of two lists of tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from .networks.errors import explain_synonyms
+from .networks.pairing import check_lengths
 from .options import Nonfinite, Rounding, Rule, SyncBuffers, make_options
 from .plan.cache import last_plan
 from .plan.plan import Plan
 from .update.arguments import check_step, make_arguments
 from .update.dispatch import is_tracing
-from .update.eager import list_tensors, update_lists, update_networks
+from .update.eager import check_tensors, pair_tensors, update_lists, update_networks
 from .update.locks import TeacherLock
 from .update.swapping import Exchange, Swapped
 
@@ -86,8 +88,8 @@ def eman_update_(
 
 @explain_synonyms
 def ema_update_(
-    teacher_tensors: Sequence[Tensor],
-    student_tensors: Sequence[Tensor],
+    teacher_tensors: Iterable[Tensor] | Mapping[str, Any],
+    student_tensors: Iterable[Tensor] | Mapping[str, Any],
     momentum: float | Tensor,
     *,
     backend: str | None = None,
@@ -98,21 +100,26 @@ def ema_update_(
     nonfinite: Nonfinite = "propagate",
     skipped: Tensor | None = None,
 ) -> None:
-    """Let teacher tensors follow student tensors, paired by position: ``eman_update_`` without modules and names.
+    """Let teacher tensors follow student tensors: ``eman_update_`` without modules. Lists are paired by position, dicts
+    and other mappings (TensorDicts, ``state_dict()``) by key.
 
     Floating-point tensors are averaged, all others copied. The plan is cached for what the tensors are and not for the
     objects: the next call may pass other views of the same memory.
 
     Args:
-        teacher_tensors: the tensors that are written.
-        student_tensors: as many tensors, of the same shapes.
+        teacher_tensors: the tensors that are written: a list, or a mapping, whose values may be mappings again.
+        student_tensors: as many tensors, of the same shapes; of a mapping those with the same keys, in any order.
         momentum and all others: as in ``eman_update_``, with the same errors.
 
+    Raises:
+        ValueError: a key is missing from one of the mappings; the message names it. Nothing was written.
+
     >>> import torch
-    >>> teacher = torch.zeros(2)
+    >>> teacher, other = torch.zeros(2), torch.zeros(2)
     >>> ema_update_([teacher], [torch.ones(2)], momentum=0.75)
-    >>> teacher
-    tensor([0.2500, 0.2500])
+    >>> ema_update_({"a": teacher, "b": other}, {"b": torch.ones(2), "a": torch.zeros(2)}, momentum=0.5)
+    >>> teacher, other
+    (tensor([0.1250, 0.1250]), tensor([0.5000, 0.5000]))
     """
     if is_tracing():
         from .update import traced
@@ -123,14 +130,13 @@ def ema_update_(
     options = make_options(None, "ema", backend, rounding, nonfinite)
     check_step(rounding, step)
     arguments = make_arguments([momentum], found_inf, seed, step, skipped)
-    teachers = list_tensors("teacher_tensors", teacher_tensors)
-    students = list_tensors("student_tensors", student_tensors)
-    update_lists(teachers, students, arguments, options)
+    teachers, students, names = pair_tensors(teacher_tensors, student_tensors)
+    update_lists(teachers, students, arguments, options, names=names)
 
 
 def swapped(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: nn.Module | Iterable[Tensor] | Mapping[str, Any],
+    student: nn.Module | Iterable[Tensor] | Mapping[str, Any],
     *,
     rules: Mapping[str, Rule] | None = None,
     buffers: Rule = "ema",
@@ -147,8 +153,10 @@ def swapped(
     ``{name: tensor.clone() for name, tensor in student.state_dict().items()}``.
 
     Args:
-        teacher, student: as in ``eman_update_``, with equal dtypes.
-        rules, buffers: tensors with the rule "skip" or "share" are not exchanged.
+        teacher, student: as in ``eman_update_``, with equal dtypes; or two lists or mappings of tensors, paired as in
+            ``ema_update_``, such as an average that is not a network and ``list(network.parameters())``.
+        rules, buffers: tensors with the rule "skip" or "share" are not exchanged. The names of a mapping's tensors are
+            its keys, and none of them counts as a buffer.
         backend: as in ``eman_update_``.
 
     Raises:
@@ -163,7 +171,27 @@ def swapped(
     >>> student.weight.item()
     1.0
     """
-    return Swapped(partial(_make_exchange, teacher, student, rules, buffers, backend))
+    if isinstance(teacher, nn.Module) or isinstance(student, nn.Module):
+        return Swapped(partial(_make_exchange, teacher, student, rules, buffers, backend))
+    tensors = pair_tensors(teacher, student)
+    return Swapped(partial(_make_exchange_of_tensors, *tensors, rules, backend))
+
+
+def _make_exchange_of_tensors(
+    teachers: list[Tensor],
+    students: list[Tensor],
+    names: list[str],
+    rules: Mapping[str, Rule] | None,
+    backend: str | None,
+) -> Exchange:
+    """The tensors become parameters of two networks, whose values are exchanged."""
+    check_lengths(teachers, students)
+    networks = []
+    for argument, tensors in (("teacher", teachers), ("student", students)):
+        check_tensors(argument, tensors, names)
+        networks.append(nn.Module())
+        networks[-1]._parameters.update(zip(names or map(str, range(len(tensors))), tensors, strict=True))
+    return _make_exchange(*networks, rules, "ema", backend)
 
 
 def _make_exchange(
@@ -174,11 +202,12 @@ def _make_exchange(
 
 def plan_for(teacher: nn.Module, student: nn.Module) -> Plan | None:
     """The plan that the last update of this pair of networks used, or None: which tensors are updated how and by which
-    backend, and which do not take the fast path, with the reason.
+    backend, which do not take the fast path, with the reason, and how many bytes an update reads and writes.
+    ``print(teacher)`` of an EMANTeacher shows the same.
 
     >>> teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
     >>> eman_update_(teacher, student, 0.999, backend="reference")
     >>> print(plan_for(teacher, student).describe())
-    cpu: reference updates 2 tensors, 8 elements (2 ema float32 <- float32)
+    cpu: reference updates 2 tensors, 8 elements (2 ema float32 <- float32); reads 64 bytes, writes 32 bytes
     """
     return last_plan(teacher, student)

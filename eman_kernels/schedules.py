@@ -7,6 +7,8 @@ Constructors raise ValueError if an argument is out of range.
 The teacher's BatchNorm statistics start at the student's, which start at mean 0 and variance 1. In a short run a
 constant high momentum keeps them near those values for a long time, and the teacher is useless until then. Use WarmUp
 to avoid this.
+
+Many libraries count the current update, so their first update has the number 1: use Offset for those.
 """
 
 import math
@@ -64,8 +66,42 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Moves in a straight line from ``start`` at step 0 to ``end`` at step ``steps``, and stays there.
+
+    ``start + (end - start) k / steps``. Sources: Assran et al., "Self-supervised learning from images with a
+    joint-embedding predictive architecture" (I-JEPA), 2023; Baevski et al., "data2vec", 2022, whose code counts the
+    current update: ``Offset(Linear(start, end, steps), 1)``.
+
+    Args:
+        start: the momentum at step 0, in [0, 1].
+        end: the momentum from step ``steps`` on, in [0, 1].
+        steps: the number of updates until then, above 0.
+
+    >>> schedule = Linear(0.996, 1.0, steps=100)
+    >>> [round(schedule(step), 6) for step in (0, 50, 100, 200)]
+    [0.996, 0.998, 1.0, 1.0]
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_momentum(self.start)
+        _check_momentum(self.end)
+        _check_positive(steps=self.steps)
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        return self.end - (self.end - self.start) * (1 - _clamp_max(step, self.steps) / self.steps)
+
+
+@dataclass(frozen=True)
 class WarmUp:
     """``min(momentum, (1 + k) / (10 + k))``: 0.1 at step 0, 0.9 at step 80, 0.99 at step 890.
+
+    torch_ema and LitEma count the current update: ``Offset(WarmUp(momentum), 1)``. diffusers' EMAModel without
+    ``use_ema_warmup`` copies the student first: ``CopyFirst(WarmUp(momentum))``.
 
     Args:
         momentum: the final momentum, in [0, 1].
@@ -81,6 +117,34 @@ class WarmUp:
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
         return _clamp_max((1 + step) / (10 + step), self.momentum)
+
+
+@dataclass(frozen=True)
+class ExponentialWarmUp:
+    """The schedule of YOLO's ModelEMA (ultralytics, yolov5, YOLOX): ``momentum (1 - exp(-(k + 1) / tau))``.
+
+    Their counter includes the current update, so at step 0 it is about ``momentum / tau``. Source: yolov5's
+    ``utils/torch_utils.py``.
+
+    Args:
+        momentum: the momentum that it approaches, in [0, 1]; default 0.9999.
+        tau: the time constant in updates, above 0: 63 % of ``momentum`` after ``tau`` updates, 99.99 % after 9.2 times
+            as many. Default 2000.
+
+    >>> yolo = ExponentialWarmUp(0.9999, tau=2000)
+    >>> [round(yolo(step), 4) for step in (0, 1999, 19_999)]
+    [0.0005, 0.6321, 0.9999]
+    """
+
+    momentum: float = 0.9999
+    tau: float = 2000
+
+    def __post_init__(self) -> None:
+        _check_momentum(self.momentum)
+        _check_positive(tau=self.tau)
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        return self.momentum * (1 - math.e ** (-(step + 1) / self.tau))
 
 
 @dataclass(frozen=True)
@@ -186,16 +250,30 @@ class InverseGamma:
 
 @dataclass(frozen=True)
 class Average:
-    """The unweighted mean of all students so far (SWA): ``1 - 1 / (k + 1)``. The first update copies the student.
+    """The unweighted mean of all students so far: ``min(momentum, 1 - 1 / (k + 1))``. The first update copies the
+    student.
 
-    Source: Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018.
+    Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization" (SWA), 2018; with a
+    largest momentum Tarvainen and Valpola, "Mean teachers are better role models", 2017, whose code counts the current
+    update: ``Offset(Average(momentum), 1)``.
+
+    Args:
+        momentum: the largest momentum, in [0, 1]; default 1.0. Below 1 the mean becomes a moving average after
+            ``1 / (1 - momentum)`` updates.
 
     >>> [Average()(step) for step in (0, 1, 3)]
     [0.0, 0.5, 0.75]
+    >>> Average(0.99)(10_000)
+    0.99
     """
 
+    momentum: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_momentum(self.momentum)
+
     def __call__(self, step: int | Tensor) -> float | Tensor:
-        return 1 - 1 / (step + 1)
+        return _clamp_max(1 - 1 / (step + 1), self.momentum)
 
 
 @dataclass(frozen=True)
@@ -224,6 +302,34 @@ class CopyFirst:
         momentum = self.momentum(step) if callable(self.momentum) else self.momentum
         copied = step < self.updates
         return momentum * (1 - copied.double()) if isinstance(copied, Tensor) else momentum * (not copied)
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Another schedule that starts at a later step: ``schedule(k + steps)``.
+
+    ``steps=1`` is for the rules of libraries that count the current update: torch_ema, LitEma, mean-teacher, data2vec.
+
+    Args:
+        schedule: it is called with the later step.
+        steps: the step that the first update gets, at least 0.
+
+    >>> torch_ema = Offset(WarmUp(0.999), 1)
+    >>> torch_ema(0) == WarmUp(0.999)(1) == 2 / 11
+    True
+    """
+
+    schedule: Callable[[int | Tensor], float | Tensor]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule):
+            raise ValueError(f"schedule must be a function of the step, got {self.schedule}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+
+    def __call__(self, step: int | Tensor) -> float | Tensor:
+        return self.schedule(step + self.steps)
 
 
 def _relative_deviation(gamma: float) -> float:

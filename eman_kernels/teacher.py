@@ -320,7 +320,8 @@ class EMANTeacher(nn.Module):
 
     def extra_repr(self) -> str:
         rules = f", rules={dict(self.rules)}" if self.rules else ""
-        return f"momentum={self.momentum}, step={self.step}, buffers={self.buffer_rule!r}{rules}"
+        options = f"momentum={self.momentum}, step={self.step}, buffers={self.buffer_rule!r}{rules}"
+        return "\n".join(filter(None, (options, self.state.describe_plan(self.module))))
 
     def _make_exchange(self, student: nn.Module | None) -> Exchange:
         student = self.state.find_student() if student is None else student

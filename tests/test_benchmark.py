@@ -19,6 +19,7 @@ import torch
 import torchvision
 from torch import nn
 
+from eman_kernels import __main__ as command
 from eman_kernels import available_backends
 
 REMEDY = "pip install '.[bench]'"
@@ -521,7 +522,7 @@ def test_an_error_during_graph_capture_ends_the_capture_and_is_raised(monkeypatc
 
 
 def test_the_sleep_covers_the_launches_of_the_host():
-    milliseconds = [timing.sleep_cycles(host) / timing.CYCLES for host in (0.05, 10.0, 300.0)]
+    milliseconds = [command.sleep_cycles(host) / command.CYCLES for host in (0.05, 10.0, 300.0)]
     assert milliseconds == [0.3, 20.2, 50.0]
 
 

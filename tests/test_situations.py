@@ -584,7 +584,7 @@ def test_arguments_that_are_not_lists_of_tensors():
     teacher, student = net().requires_grad_(False), net()
     for wrong, says in (
         (teacher, r"use eman_update_\(teacher, student"),
-        (teacher.state_dict(), r"a OrderedDict; tensors are paired by position"),
+        (teacher.state_dict(), r"a OrderedDict; tensors are paired by position, or by key if both arguments are"),
         (dict(teacher.named_parameters()), r"a dict; tensors are paired by position"),
         (torch.zeros(3, 3), r"a Tensor; put a single tensor into a list"),
         (3, r"a int"),

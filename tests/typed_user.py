@@ -119,6 +119,10 @@ def use_functions() -> str:
     ema_update_(list(teacher.parameters()), list(student.parameters()), 0.999)
     with swapped(teacher, student, buffers="ema"):
         evaluate(student)
+    average = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    ema_update_(average, dict(student.named_parameters()), 0.99)
+    with swapped(average, dict(student.named_parameters())), swapped([torch.zeros(2)], [torch.ones(2)]):
+        evaluate(student)
     follower = EMANTeacher(student)
     follower.options = replace(follower.options, rounding="stochastic")
     follower.buffer_rule, follower.rules = "copy", rules
@@ -134,12 +138,16 @@ def use_schedules() -> list[float]:
     all_schedules: list[Callable[[int | Tensor], float | Tensor]] = [
         schedules.Constant(0.9),
         schedules.Cosine(0.996, steps=100),
+        schedules.Linear(0.999, 0.9999, steps=100),
         schedules.WarmUp(0.999),
+        schedules.ExponentialWarmUp(0.9999, tau=2000),
         schedules.HalfLife(50_000, batch_size=256),
         schedules.PowerFunction(0.05),
         schedules.InverseGamma(0.9999),
         schedules.Average(),
+        schedules.Average(0.999),
         schedules.CopyFirst(schedules.WarmUp(0.99)),
+        schedules.Offset(schedules.WarmUp(0.99), 1),
     ]
     return [float(schedule(7)) for schedule in all_schedules]
 
@@ -152,5 +160,5 @@ if __name__ == "__main__":
     assert train().step == 5
     assert train_several() == [1, 1, 1, 1]
     assert use_functions()
-    assert len(use_schedules()) == 8
+    assert len(use_schedules()) == 12
     assert "reference" not in unavailable_backends()

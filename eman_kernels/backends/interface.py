@@ -58,6 +58,8 @@ class Work:
     table: Tensor | None = None  # chunk records (csrc/chunk.h), stored on the device; for backends with TAKES_TABLE
     _: KW_ONLY
     n_teachers: int = 1
+    bytes_read: int = 0  # per update, without temporaries
+    bytes_written: int = 0
     stochastic: bool = False  # stochastic rounding of half-precision teachers
     skip_nonfinite: bool = False  # keep a teacher's element if the student's is NaN or infinite
     casts: bool = False  # whether any place has a low-precision copy

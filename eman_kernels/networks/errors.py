@@ -14,7 +14,10 @@ NOTHING_WRITTEN = "Nothing was written."
 _KEPT = "pass momentum={0}, if {0} is the share of its own value that the teacher keeps"
 _TAKEN = "pass momentum=1 - {0}, if {0} is the share that the teacher takes of the student"
 # What other libraries call the momentum.
-_SYNONYMS = dict.fromkeys(("decay", "ema_decay", "ema_rate", "polyak", "m", "beta"), _KEPT) | {"tau": _TAKEN, "alpha": f"{_KEPT}; {_TAKEN}"}
+_SYNONYMS = dict.fromkeys(("decay", "ema_decay", "ema_rate", "polyak", "m", "beta"), _KEPT) | {
+    "tau": _TAKEN,
+    "alpha": f"{_KEPT}; {_TAKEN}",
+}
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

@@ -188,7 +188,9 @@ def _find_offset(words: dict[int, int], size: int) -> int | None:
     The search ascends, so that it reads nothing behind an object that holds its word.
     """
     for offset in range(0, size, 8):
-        if all(int.from_bytes(ctypes.string_at(address + offset, 8), "little") == word for address, word in words.items()):
+        if all(
+            int.from_bytes(ctypes.string_at(address + offset, 8), "little") == word for address, word in words.items()
+        ):
             return offset
     return None
 

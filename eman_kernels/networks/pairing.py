@@ -1,5 +1,6 @@
 """Which teacher tensor follows which student tensor, and by which rule. Looks at names only, never at addresses."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -93,13 +94,27 @@ def pair_modules(teacher: nn.Module, student: nn.Module, options: Options) -> li
     return pairs
 
 
-def pair_lists(teachers: list[Tensor], students: list[Tensor], copied: Sequence[bool] = ()) -> list[Pair]:
+def count_left_out(teachers: Iterable[nn.Module], options: Options) -> dict[str, int]:
+    """How many of the teachers' tensors are "skipped" and "shared", without zeros."""
+    counts: Counter[Rule | None] = Counter()
+    for teacher in teachers:
+        buffers = {id(buffer) for buffer in teacher.buffers()}
+        named = named_tensors(teacher)
+        rules = {id(t): requested_rule(name, options, id(t) in buffers) for name, t in named.items()}
+        counts.update(rules.values())
+    return {verb: counts[rule] for verb, rule in (("skipped", "skip"), ("shared", "share")) if counts[rule]}
+
+
+def pair_lists(
+    teachers: list[Tensor], students: list[Tensor], copied: Sequence[bool] = (), names: Sequence[str] = ()
+) -> list[Pair]:
     """Pair two lists of equal length by position. copied: which tensors are copied; the others have default rules."""
     rules = [
         "copy" if copy else default_rule(tensor)
         for tensor, copy in zip(teachers, copied or [False] * len(teachers), strict=True)
     ]
-    pairs = [Pair(f"teacher_tensors[{i}]", *pair) for i, pair in enumerate(zip(teachers, students, rules, strict=True))]
+    names = names or [f"teacher_tensors[{i}]" for i in range(len(teachers))]
+    pairs = [Pair(*pair) for pair in zip(names, teachers, students, rules, strict=True)]
     if all(isinstance(tensor, nn.Parameter) for tensor in students):
         check_order(teachers, students, "ema_update_(teacher_tensors, student_tensors, momentum)")
     raise_differences(_describe_faults(pairs))

@@ -45,6 +45,7 @@ class PlanCache:
     def __init__(self, *references: object) -> None:
         self.references = references
         self.plans: list[CachedPlan] = []
+        self.warned_of_layouts = False
         self.buffer_sync: Any = None  # collective buffers of the updates of this pair, owned by update/
 
     def find_or_make(

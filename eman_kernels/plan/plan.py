@@ -1,7 +1,7 @@
 """A plan: how to update these pairs, made once and run many times."""
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .work import build_work, short_dtype, why_reference, why_torch_cannot
 # an ulp is at least a quarter of epsilon of them.
 _STALLING_WEIGHT = {dtype: 10 * torch.finfo(dtype).eps / 4 for dtype in HALF_DTYPES}
 
+# How many names `describe` lists per kind: for a network of hundreds of tensors it still fits on a screen.
+_LISTED = 5
+
 
 class Plan:
     """How to update these pairs, as long as the guards find the tensors unchanged.
@@ -33,6 +36,11 @@ class Plan:
         pairs: which teacher tensor follows which student tensor.
         tensors: all tensors that the pairs refer to, in the order in which the guards return them.
         options: of which a plan reads backend, rounding and nonfinite.
+        left_out: how many tensors are "skipped" and "shared", for `describe`.
+
+    Attributes:
+        because: why tensors are copied although they could be averaged, by name.
+        ineligible: why tensors are updated by the reference, by name.
 
     Raises:
         ValueError: teacher and student share memory, a teacher tensor overlaps itself or another one, or torch cannot
@@ -40,8 +48,15 @@ class Plan:
         RuntimeError: the requested backend is not available, or a CUDA graph is being captured.
     """
 
-    def __init__(self, pairs: list[Pair], tensors: Sequence[Tensor], options: Options | None = None) -> None:
+    def __init__(
+        self,
+        pairs: list[Pair],
+        tensors: Sequence[Tensor],
+        options: Options | None = None,
+        left_out: Mapping[str, int] | None = None,
+    ) -> None:
         options = options or Options()
+        self.left_out = left_out or {}
         index_of = {id(tensor): index for index, tensor in enumerate(tensors)}
         raise_differences(f"{pair.name}: {fault}" for pair in pairs if (fault := _find_plan_fault(pair, index_of)))
         written = _written_tensors(pairs)
@@ -136,23 +151,40 @@ class Plan:
             yield from backend.swaps(work, tensors)
 
     def describe(self) -> str:
-        """What is updated how, by which backend; and what does not take the fast path, with the reason."""
+        """What is updated how, by which backend; and what does not take the fast path, with the reason.
+
+        At most a screen: of each kind a few names are listed; `because` and `ineligible` have all of them. The bytes
+        are those of the tensors: each is read and written once. Temporaries of foreach and of the reference are extra.
+        """
         lines = []
         for backend, work in self.works:
             kinds = [
                 f"{len(places)} {rule} {short_dtype(teacher)} <- {short_dtype(student)}"
                 for (rule, teacher, student), places in work.places.items()
             ]
+            teachers = f" of {self.n_teachers} teachers" if self.n_teachers > 1 else ""
             chunks = f", {len(work.table)} chunks" if work.table is not None else ""
             lines.append(
-                f"{work.device}: {backend.NAME} updates {sum(map(len, work.places.values()))} tensors, "
-                f"{work.numel} elements{chunks} ({', '.join(kinds)})"
+                f"{work.device}: {backend.NAME} updates {sum(map(len, work.places.values()))} tensors{teachers}, "
+                f"{work.numel} elements{chunks} ({', '.join(kinds)}); reads {_format_bytes(work.bytes_read)}, writes "
+                f"{_format_bytes(work.bytes_written)}"
             )
-        lines += [f"  {name}: copied, because {reason}" for name, reason in self.because.items()]
-        lines += [f"  {name}: by the reference, because {reason}" for name, reason in self.ineligible.items()]
+        if self.left_out:
+            lines.append(f"  {', '.join(f'{count} {verb}' for verb, count in self.left_out.items())}")
+        lines += _list_some("copied", self.because)
+        lines += _list_some("by the reference", self.ineligible)
         if self.staging is not None:
             lines += self.staging.describe()
         return "\n".join(lines)
+
+
+def _list_some(what: str, reasons: Mapping[str, str]) -> list[str]:
+    lines = [f"  {name}: {what}, because {reason}" for name, reason in list(reasons.items())[:_LISTED]]
+    return lines + [f"  and {len(reasons) - _LISTED} more {what}"] * (len(reasons) > _LISTED)
+
+
+def _format_bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size} bytes"
 
 
 def _written_tensors(pairs: list[Pair]) -> list[Tensor]:

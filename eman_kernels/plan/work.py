@@ -50,11 +50,24 @@ def build_work(
         sum(pair.teacher.numel() for pair in pairs),
         table,
         n_teachers=n_teachers,
+        bytes_read=sum(_bytes_read(pair, backend.TAKES_TABLE) for pair in pairs),
+        bytes_written=sum(map(_bytes_written, pairs)),
         stochastic=options.rounding == "stochastic"
         and any(p.rule == "ema" and p.teacher.dtype in HALF_DTYPES for p in pairs),
         skip_nonfinite=skip_nonfinite,
         casts=any(pair.cast is not None for pair in pairs),
     )
+
+
+def _bytes_read(pair: Pair, one_pass: bool) -> int:
+    """one_pass: whether the student is read once for all its teachers."""
+    student = pair.student.nbytes if pair.group == 0 or not one_pass else 0
+    return student + (0 if pair.rule == "copy" else pair.teacher.nbytes)
+
+
+def _bytes_written(pair: Pair) -> int:
+    also = pair.student if pair.rule == "swap" else pair.cast
+    return pair.teacher.nbytes + (0 if also is None else also.nbytes)
 
 
 def why_reference(bundle: list[Pair], n_teachers: int, skip_nonfinite: bool) -> str | None:

@@ -1,23 +1,27 @@
 """The eager update: find a plan whose guards hold, or make one, and run it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.interface import Arguments
-from ..networks.errors import warn_user
+from ..networks.errors import raise_differences, warn_user
 from ..networks.guards import Guards, increment_versions
 from ..networks.names import named_tensors
-from ..networks.pairing import Pair, check_lengths, check_order, pair_lists, pair_modules
+from ..networks.pairing import Pair, check_lengths, check_order, count_left_out, pair_lists, pair_modules
 from ..options import Options
-from ..plan.cache import CachedPlan, Found, cache_of_lists, cache_of_networks
+from ..plan.cache import CachedPlan, Found, PlanCache, cache_of_lists, cache_of_networks
 from ..plan.plan import Plan
 from ..plan.work import differ_in_strides
 from .buffer_sync import BufferSync, find_buffer_sync
 from .caching import find_caching_modules, renew_caches
 from .low_precision import LowPrecisionCopy
+
+# The reference updates this much in a few milliseconds on a CPU: less is not worth a warning.
+_NOTICEABLE_BYTES = 1 << 20
 
 
 def update_lists(
@@ -26,14 +30,16 @@ def update_lists(
     arguments: Arguments,
     options: Options,
     copied: Sequence[bool] | None = None,
+    names: Sequence[str] = (),
 ) -> None:
-    """Let tensors follow others by position. copied: which tensors are copied instead of averaged; default: none."""
+    """Let tensors follow others by position. copied: which tensors are copied instead of averaged; default: none.
+    names: what error messages call the tensors, if they have keys."""
     if not teachers and not students:
         return
     check_lengths(teachers, students)
     copied = tuple(copied) if copied is not None and any(copied) else ()
     cached, tensors = cache_of_lists(teachers, students).find_or_make(
-        ("lists", options, copied), [teachers, students], _plan_lists, teachers, students, options, copied
+        ("lists", options, copied), [teachers, students], _plan_lists, teachers, students, options, copied, names
     )
     if cached.plan.stalls_below:
         _warn_if_stalled(cached.plan, arguments)
@@ -81,12 +87,50 @@ def update_networks(
         raise
 
 
-def list_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+def pair_tensors(
+    teachers: Iterable[Tensor] | Mapping[Any, Any], students: Iterable[Tensor] | Mapping[Any, Any]
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """Both arguments as lists in one order, and the names of the tensors if they are mappings, which may be nested.
+
+    Raises ValueError if a key is missing from one of two mappings, or TypeError for what is neither two mappings nor
+    two iterables that have an order.
+    """
+    if type(teachers) is list and type(students) is list:
+        return list(teachers), list(students), []
+    if isinstance(teachers, Mapping) and isinstance(students, Mapping):
+        mine, theirs = dict(_iterate_leaves(teachers)), dict(_iterate_leaves(students))
+        differences = [f"{name}: the teacher has none" for name in theirs if name not in mine]
+        differences += [f"{name}: the student has none" for name in mine if name not in theirs]
+        raise_differences(differences, "Both mappings must have the same keys: leave out those that only one has.")
+        return list(mine.values()), [theirs[name] for name in mine], list(mine)
+    return _list_tensors("teacher_tensors", teachers), _list_tensors("student_tensors", students), []
+
+
+def check_tensors(argument: str, tensors: list[Tensor], names: Sequence[str] = ()) -> None:
+    """Raises TypeError unless all of them are tensors."""
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+            place = repr(names[i]) if names else i
+            raise TypeError(
+                f"{argument}[{place}] must be a tensor, not a {kind}; convert NumPy arrays by torch.from_numpy"
+            )
+
+
+def _iterate_leaves(mapping: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _iterate_leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _list_tensors(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The argument as a list. Raises TypeError unless it is an iterable of tensors that has an order."""
     if isinstance(tensors, nn.Module):
         raise TypeError(f"{name} must be a list of tensors, not a network: use eman_update_(teacher, student, ...)")
     if isinstance(tensors, Tensor | Mapping | str | bytes) or not isinstance(tensors, Iterable):
-        remedy = "tensors are paired by position: list(state.values()), if both have the same order"
+        remedy = "tensors are paired by position, or by key if both arguments are mappings"
         remedy = remedy if isinstance(tensors, Mapping) else "put a single tensor into a list"
         raise TypeError(f"{name} must be a list of tensors, not a {type(tensors).__name__}; {remedy}")
     return list(tensors)
@@ -107,16 +151,15 @@ def _collect_roots(
     return roots
 
 
-def _plan_lists(teachers: list[Tensor], students: list[Tensor], options: Options, copied: tuple[bool, ...]) -> Found:
-    for name, tensors in (("teacher_tensors", teachers), ("student_tensors", students)):
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-                raise TypeError(f"{name}[{i}] must be a tensor, not a {kind}; convert NumPy arrays by torch.from_numpy")
+def _plan_lists(
+    teachers: list[Tensor], students: list[Tensor], options: Options, copied: tuple[bool, ...], names: Sequence[str]
+) -> Found:
+    check_tensors("teacher_tensors", teachers, names)
+    check_tensors("student_tensors", students, names)
     roots = [teachers, students]
     guards = Guards(roots)
     tensors = guards.check(roots)
-    plan = Plan(pair_lists(teachers, students, copied), tensors, options)
+    plan = Plan(pair_lists(teachers, students, copied, names), tensors, options)
     return CachedPlan(("lists", options, copied), guards, plan), tensors
 
 
@@ -150,7 +193,7 @@ def _plan_networks(
     buffers: list[Tensor] = []
     if buffer_sync is not None:
         pairs, buffers = buffer_sync.replace_buffers(pairs, student)
-    _warn_if_layouts_differ(pairs)
+    _warn_if_layouts_differ(pairs, cache_of_networks(teachers[0], student))
     roots = _collect_roots(teachers, student, copies, buffer_sync)
     guards = Guards(roots)
     tensors = guards.check(roots)
@@ -159,7 +202,7 @@ def _plan_networks(
     return CachedPlan(
         key=("update", options),
         guards=guards,
-        plan=Plan(pairs, tensors, options),
+        plan=Plan(pairs, tensors, options, count_left_out(teachers, options)),
         masters=[[index_of[id(master)] for master in its] for its in masters],
         written_copies=[[i for i, master in enumerate(its) if id(master) in with_copy] for its in masters],
         synced_buffers=[index_of[id(buffer)] for buffer in buffers],
@@ -172,11 +215,16 @@ def _mark_copies_written(copies: Sequence[LowPrecisionCopy], cached: CachedPlan,
         copy.mark_written([tensors[i] for i in masters], which)
 
 
-def _warn_if_layouts_differ(pairs: Sequence[Pair]) -> None:
-    """Once per plan, if the reference must update more than a tenth of the elements because of their strides."""
+def _warn_if_layouts_differ(pairs: Sequence[Pair], cache: PlanCache) -> None:
+    """Once per pair of networks, if the reference must update more than a tenth of the elements because of their
+    strides, and more than a megabyte."""
+    if cache.warned_of_layouts:
+        return
     slow = [pair for pair in pairs if differ_in_strides(pair)]
     elements = sum(pair.teacher.numel() for pair in slow)
-    if 10 * elements > sum(pair.teacher.numel() for pair in pairs):
+    size = sum(pair.teacher.nbytes for pair in slow)
+    if size > _NOTICEABLE_BYTES and 10 * elements > sum(pair.teacher.numel() for pair in pairs):
+        cache.warned_of_layouts = True
         first = slow[0]
         warn_user(
             f"{elements} elements take the slow path, because their strides differ between teacher and student, such "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..networks.names import iterate_names
 from ..options import Options
+from ..plan.cache import last_plan
 from .caching import CacheGuard
 from .locks import TeacherLock
 from .low_precision import LowPrecisionCopy
@@ -72,6 +73,12 @@ class TeacherState:
                 "no student has been seen yet (or it has been freed): call update(student) or swapped(student)"
             )
         return student
+
+    def describe_plan(self, network: nn.Module) -> str:
+        """The description of the plan that the last update of this network used, or an empty string."""
+        student = self.student() if self.student is not None else None
+        plan = last_plan(network, student) if student is not None else None
+        return "" if plan is None else plan.describe()
 
     def refresh_low_precision(self, network: nn.Module) -> LowPrecisionCopy:
         """The low-precision copy of this network, up to date."""

@@ -8,7 +8,7 @@ Imported only while tracing, because it makes torch import torch._dynamo.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..networks.tensors import dtensor_class
 from ..options import TENSOR_OPTIONS, Options, make_options
 from .arguments import check_step, make_arguments
 from .caching import find_caching_modules, renew_caches
-from .eager import list_tensors, update_lists, update_networks
+from .eager import pair_tensors, update_lists, update_networks
 from .state import StudentReference, TeacherState
 from .step import step_teachers
 
@@ -33,8 +33,8 @@ def break_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def trace_lists(
-    teachers: Sequence[Tensor],
-    students: Sequence[Tensor],
+    teachers: Iterable[Tensor] | Mapping[str, Any],
+    students: Iterable[Tensor] | Mapping[str, Any],
     momentum: float | Tensor,
     options: Options,
     *,
@@ -46,14 +46,17 @@ def trace_lists(
 ) -> None:
     """``ema_update_`` in a graph. Numbers become tensors, so that they can change without a new graph."""
     given = {"found_inf": found_inf, "seed": seed, "step": step, "skipped": skipped}
-    if _any_distributed([*teachers, *students]):
-        return break_graph(_update_lists_eagerly, list(teachers), list(students), momentum, options, given)
+    if isinstance(teachers, Mapping) or isinstance(students, Mapping):
+        teachers, students, _ = pair_tensors(teachers, students)
+    teachers, students = list(teachers), list(students)
+    if _any_distributed(teachers + students):
+        return break_graph(_update_lists_eagerly, teachers, students, momentum, options, given)
     given["step"] = None if step is None else _to_tensor(step, torch.int64)
     tensor_options = {name: getattr(options, name) for name in TENSOR_OPTIONS}
     with torch.no_grad():
         torch.ops.eman_kernels.ema_update_(
-            list(teachers),
-            list(students),
+            teachers,
+            students,
             _to_tensor(momentum, torch.float64),
             copied=copied,
             **given,
@@ -131,8 +134,8 @@ def _update_lists_eagerly(
     teachers: list[Tensor], students: list[Tensor], momentum: float | Tensor, options: Options, given: dict[str, Any]
 ) -> None:
     check_step(options.rounding, given["step"])
-    lists = list_tensors("teacher_tensors", teachers), list_tensors("student_tensors", students)
-    update_lists(*lists, make_arguments([momentum], **given), options)
+    teachers, students, _ = pair_tensors(teachers, students)
+    update_lists(teachers, students, make_arguments([momentum], **given), options)
 
 
 def _update_networks_eagerly(

@@ -1,6 +1,5 @@
 """The chunk table, and which pairs are eligible for it."""
 
-import copy
 import tracemalloc
 import types
 
@@ -9,9 +8,8 @@ import torch
 from conftest import COPY_DTYPES, EMA_PAIRS, assert_same_bits, lerp, planned, profiled, skip_unless_selectable, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from eman_kernels import ema_update_, eman_update_, plan_for
+from eman_kernels import ema_update_
 from eman_kernels.backends import extension, interface, reference
 from eman_kernels.networks.pairing import Pair, pair_lists
 from eman_kernels.plan.chunks import (
@@ -204,19 +202,3 @@ def test_a_channels_last_teacher_of_a_contiguous_student():
     want = lerp(teacher, student, 0.9)
     ema_update_([teacher], [student], 0.9)
     assert_same_bits(teacher, want)
-
-
-def test_only_networks_that_mostly_take_the_slow_path_are_warned_of():
-    """More than a tenth of the elements: 60 of 660 are not."""
-    student = nn.Sequential(nn.Conv2d(3, 5, 2, bias=False), nn.Linear(60, 10, bias=False))
-    teacher = copy.deepcopy(student)
-    student[0].to(memory_format=torch.channels_last)
-    eman_update_(teacher, student, 0.5)
-    student[1] = teacher[1] = nn.Identity()
-    with pytest.warns(UserWarning, match=r"60 elements .* 0\.weight.*memory_format=torch.channels_last") as warned:
-        eman_update_(teacher, student, 0.5)
-    assert warned[0].filename == __file__
-    eman_update_(teacher, student, 0.5)  # is not warned of again
-    teacher.to(memory_format=torch.channels_last)
-    eman_update_(teacher, student, 0.5)
-    assert not plan_for(teacher, student).ineligible

@@ -806,3 +806,82 @@ def test_caches_of_two_precisions(make):
         assert teacher(x).dtype == torch.bfloat16
         teacher.update(student)
         assert torch.equal(teacher.module(x), copy.deepcopy(teacher.module)(x))
+
+
+# ---------------------------------------------------------------- lists and mappings of tensors
+
+
+def by_position(average, student):
+    return [average[name] for name in average], [dict(student.named_parameters())[name] for name in average]
+
+
+def by_key(average, student):
+    return average, dict(reversed(dict(student.named_parameters()).items()))
+
+
+def by_generator(average, student):
+    return iter(average.values()), student.parameters()
+
+
+@pytest.mark.parametrize("given", [by_position, by_key, by_generator])
+@pytest.mark.parametrize("backend", [None, "foreach"])
+def test_tensors_are_exchanged_without_a_network(student, given, backend):
+    """As torch_ema's and composer's averages, which are lists and dicts."""
+    average = {name: torch.rand_like(parameter) for name, parameter in student.named_parameters()}
+    own, theirs, buffers = {n: t.clone() for n, t in average.items()}, values(student), dict(student.named_buffers())
+    exchange = swapped(*given(average, student), backend=backend)
+    for _ in range(2):  # it can be entered again
+        with exchange:
+            assert_values(student, theirs | own)
+            assert all(torch.equal(average[name], theirs[name]) for name in average)
+            student(torch.randn(1, 3, 4, 4))
+        assert_values(student, theirs)
+        assert all(torch.equal(average[name], own[name]) for name in average)
+    assert all(buffer is buffers[name] for name, buffer in student.named_buffers())
+
+
+def test_tensors_are_exchanged_back_after_an_exception_and_a_conversion(student):
+    average = [torch.rand_like(parameter) for parameter in student.parameters()]
+    own, theirs = [tensor.clone() for tensor in average], values(student)
+
+    def convert_and_fail():
+        with swapped(average, student.parameters()):
+            student.half()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        convert_and_fail()
+    assert all(map(torch.equal, average, own))
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, theirs[name].half())
+
+
+def test_tensors_that_cannot_be_exchanged(student):
+    average = {name: torch.rand_like(parameter) for name, parameter in student.named_parameters()}
+    parameters, before = dict(student.named_parameters()), values(student)
+    few, half = dict(list(parameters.items())[1:]), parameters | {"3.bias": torch.ones(2).half()}
+    for given, kind, says in (
+        ((average, few), ValueError, r"0\.weight: the student has none"),
+        ((list(average.values()), list(few.values())), ValueError, "got 6 teacher tensors and 5 student tensors"),
+        ((average, list(parameters.values())), TypeError, "by key if both arguments are mappings"),
+        ((average, student), TypeError, r"must be networks \(nn\.Module\)"),
+        ((average, parameters | {"3.bias": 1.0}), TypeError, r"student\['3\.bias'\] must be a tensor"),
+        (
+            (average, half),
+            ValueError,
+            r"3\.bias: the teacher is torch\.float32",
+        ),
+        ((parameters, parameters), ValueError, "share memory"),
+    ):
+        with pytest.raises(kind, match=says), swapped(*given):
+            pass
+    assert_values(student, before)
+
+
+def test_rules_of_a_swap_match_keys(student):
+    average = {name: torch.rand_like(parameter) for name, parameter in student.named_parameters()}
+    theirs = values(student)
+    with swapped(average, dict(student.named_parameters()), rules={"3.*": "skip"}):
+        assert torch.equal(student[3].weight, theirs["3.weight"])
+        assert not torch.equal(student[0].weight, theirs["0.weight"])
+    assert_values(student, theirs)

@@ -37,6 +37,33 @@ def lightly(teacher: nn.Module, student: nn.Module, momentum: float) -> Followin
     return Following(lambda: update_momentum(student, teacher, momentum), tensors_of(teacher))
 
 
+def mmengine(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from eman_kernels.integrations.mmengine import EMANExponentialMovingAverage
+
+    average = EMANExponentialMovingAverage(teacher, momentum=1.0 - momentum)
+    average.update_parameters(teacher)  # the first call copies
+    return Following(lambda: average.update_parameters(student), tensors_of(average.module))
+
+
+def ignite(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from ignite.engine import Engine, Events
+
+    from eman_kernels.integrations.ignite import EMANHandler
+
+    handler = EMANHandler(teacher, momentum=1.0 - momentum)
+    handler.model = student
+    engine = Engine(lambda engine, batch: None)
+    handler.attach(engine)
+    return Following(lambda: engine.fire_event(Events.ITERATION_COMPLETED), tensors_of(handler.ema_model))
+
+
+def ultralytics(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
+    from eman_kernels.integrations.ultralytics import ModelEMAN
+
+    ema = ModelEMAN(teacher, decay=momentum, tau=1e-9)  # without the ramp
+    return Following(lambda: ema.update(student), tensors_of(ema.ema))
+
+
 def adapters() -> dict[str, Method]:
     return {
         f"{OURS} in timm": Method(timm),
@@ -44,4 +71,7 @@ def adapters() -> dict[str, Method]:
         f"{OURS} in lightning": Method(lightning),
         f"{OURS} in lightly": Method(lightly),
         f"{OURS} in diffusers": Method(diffusers, ("parameters",)),
+        f"{OURS} in mmengine": Method(mmengine),
+        f"{OURS} in ignite": Method(ignite),
+        f"{OURS} in ultralytics": Method(ultralytics),
     }

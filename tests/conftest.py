@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from eman_kernels.networks.pairing import Pair
 from eman_kernels.options import Options
 from eman_kernels.plan.plan import Plan
 from eman_kernels.plan.work import build_work
+
+# When ultralytics is imported, it looks up hosts and writes its settings.
+os.environ.setdefault("YOLO_OFFLINE", "True")
+os.environ.setdefault("YOLO_CONFIG_DIR", str(Path(tempfile.gettempdir()) / "eman_kernels_tests"))
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -71,10 +71,13 @@ def on_cuda(block: str) -> bool:
     return ".cuda()" in block
 
 
+LIBRARIES = ("eman_kernels.integrations", "stable_baselines3", "torchrl")
+
+
 def runnable() -> Iterator[pytest.param]:
-    """Each page with examples, without those of adapters, which need their libraries: see tests/integrations."""
+    """Each page with examples, except those that need a library: see tests/integrations and test_switching.py."""
     for page in PAGES:
-        blocks = [block for block in examples(page.read_text()) if "eman_kernels.integrations" not in block]
+        blocks = [block for block in examples(page.read_text()) if not any(name in block for name in LIBRARIES)]
         for cuda in (False, True):
             if chosen := [block for block in blocks if on_cuda(block) == cuda]:
                 marks = [pytest.mark.cuda] if cuda else []

@@ -1,4 +1,5 @@
 """Adapters for other libraries: one module per library, with the library's name, which imports it.
 
-torch (AveragedModel), timm, lightly, lightning, diffusers, transformers.
+torch (AveragedModel), timm, lightly, lightning, diffusers, transformers, mmengine, ignite,
+ultralytics.
 """

@@ -1,6 +1,8 @@
-"""Runs CMake on csrc/ in place of a compiler. CMake decides what is built, and prints why anything is left out."""
+"""Runs CMake on csrc/ in place of a compiler. CMake decides what is built, and prints why anything is left out. On
+systems other than Linux there is no extension."""
 
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +30,12 @@ class CMakeBuild(build_ext):
             library = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         for old in library.glob("_C.*"):  # of an earlier build: must not stay if this one builds nothing
             old.unlink()
+        if (system := platform.system()) != "Linux":
+            reason = f"it is for Linux only, and this is {system}"
+            if os.environ.get("EMAN_KERNELS_CUDA") == "on":
+                sys.exit(f"EMAN_KERNELS_CUDA=on, but no extension can be built: {reason}")
+            print(f"eman_kernels: no compiled extension: {reason}. The pure-Python backends will be used.")
+            return
         command = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         definitions = {
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
@@ -51,7 +59,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # No sources, because CMake knows them. Without a compiler no library is built, which is not an error.
+    # No sources, because CMake knows them. Without a compiler, or on another system than Linux, no library is built,
+    # which is not an error.
     ext_modules=[Extension("eman_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

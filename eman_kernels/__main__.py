@@ -41,8 +41,18 @@ def compare_to_reference(backend: str) -> str | None:
     return f"but differs from the reference in {', '.join(different)}" if different else None
 
 
+def find_hidden() -> Path | None:
+    """The folder of another installation of the package, which Python would import if this one were not before it."""
+    here, folders = Path(__file__).resolve().parents[1], [Path(entry).resolve() for entry in sys.path]
+    others = (folder for folder in folders if folder != here and (folder / "eman_kernels" / "__init__.py").exists())
+    return next(others, None)
+
+
 def main() -> int:
     """Print the report. Returns 1 if an available backend gives other bits than the reference, else 0."""
+    if hidden := find_hidden():
+        here = Path(__file__).parents[1]
+        print(f"The folder {here} hides the package that is installed in {hidden}: start Python in another folder.")
     print(f"eman_kernels {__version__} ({Path(__file__).parent})")
     print(f"python {platform.python_version()}, torch {torch.__version__} (CUDA {torch.version.cuda})")
     print(f"{platform.platform()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")

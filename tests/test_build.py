@@ -121,6 +121,30 @@ def test_accesses_are_global_and_16_bytes_wide(cubins, arch, kernel):
     assert count("LDG", ".128") - count("LDG", ".128", "CONSTANT") >= 6
 
 
+def functions_of_the_cpu_kernel(compiler, objdump, folder):
+    """The machine code of each function, compiled with the flags of the extension."""
+    flags = re.search(r"COMPILE_LANGUAGE:CXX>:([^>]*)>", (CSRC / "CMakeLists.txt").read_text())[1].split()
+    made = folder / "cpu.o"
+    call(compiler, *flags, "-Werror", "-std=c++17", "-fPIC", "-fopenmp", "-c", CSRC / "eman_update_cpu.cpp", "-o", made)
+    code = call(objdump, "-dr", "--no-show-raw-insn", made).stdout
+    return dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n(.*?)(?=\n\n|\Z)", code, re.M | re.S))
+
+
+def test_the_cpu_kernel_is_vector_code_on_arm(tmp_path):
+    """Every 64-bit ARM processor has vector fma instructions, so that no clones are needed."""
+    prefix = "" if platform.machine() == "aarch64" else "aarch64-linux-gnu-"
+    compiler = shutil.which(f"{prefix}g++")
+    if compiler is None:
+        pytest.skip(f"no {prefix}g++ on PATH (package g++-aarch64-linux-gnu)")
+    functions = functions_of_the_cpu_kernel(compiler, tool(f"{prefix}objdump"), tmp_path)
+    assert not any(re.search(r"\bfmaf?\b", body) for body in functions.values())
+    for kernel in ("update_chunk_of_any_pair", "update_piece"):
+        (body,) = (body for name, body in functions.items() if kernel in name)
+        vectors = len(re.findall(r"\bfml[as]\s+v\d+\.(?:4s|2d)", body))
+        print(kernel, vectors)
+        assert vectors >= 8  # pairs
+
+
 def test_the_cpu_kernels_clones_are_vector_code(tmp_path):
     """The plain and the general kernel use vector fma instructions on every machine that has them."""
     compiler = shutil.which("g++")
@@ -128,11 +152,7 @@ def test_the_cpu_kernels_clones_are_vector_code(tmp_path):
         pytest.skip("needs g++ on x86-64")
     if int(call(compiler, "-dumpversion").stdout.split(".")[0]) < 12:
         pytest.skip("this g++ makes no clones")
-    flags = re.search(r"COMPILE_LANGUAGE:CXX>:([^>]*)>", (CSRC / "CMakeLists.txt").read_text())[1].split()
-    made = tmp_path / "cpu.o"
-    call(compiler, *flags, "-std=c++17", "-fPIC", "-c", CSRC / "eman_update_cpu.cpp", "-o", made)
-    code = call(tool("objdump"), "-dr", "--no-show-raw-insn", made).stdout
-    functions = dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n(.*?)(?=\n\n|\Z)", code, re.M | re.S))
+    functions = functions_of_the_cpu_kernel(compiler, tool("objdump"), tmp_path)
     calling = {name for name, body in functions.items() if re.search(r"\bfmaf?\b", body)}
     assert calling
     assert all(name.endswith(".default") for name in calling), calling
@@ -162,6 +182,7 @@ def test_the_extension_has_nothing_of_torch_in_it():
         "libgcc_s",
         "libc",
         "ld-linux-x86-64",
+        "ld-linux-aarch64",
         "libpthread",
         "libdl",
         "librt",
@@ -273,6 +294,23 @@ def test_build_ext_replaces_the_library_in_the_package_only_in_place(tmp_path, o
     env = os.environ | {"CXX": "no-such-compiler", "CC": "no-such-compiler"}
     call(sys.executable, "setup.py", "build_ext", *options, env=env, cwd=tmp_path)
     assert old.exists() == (not options)
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_on_another_system_no_extension_is_built(tmp_path, system):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "eman_kernels", tmp_path / "eman_kernels", ignore=shutil.ignore_patterns("*.so"))
+    old = tmp_path / "eman_kernels" / "_C.old.so"
+    old.touch()
+    simulated = f"import platform, runpy; platform.system = lambda: {system!r}; runpy.run_path('setup.py')"
+    build = [sys.executable, "-c", simulated, "build_ext", "--inplace"]
+    said = call(*build, env=os.environ | {"EMAN_KERNELS_CUDA": "auto"}, cwd=tmp_path).stdout
+    assert f"eman_kernels: no compiled extension: it is for Linux only, and this is {system}." in said
+    assert not list(tmp_path.glob("eman_kernels/_C*"))
+    done = call(*build, env=os.environ | {"EMAN_KERNELS_CUDA": "on"}, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "EMAN_KERNELS_CUDA=on, but no extension can be built: it is for Linux only" in done.stderr
 
 
 # ---------------------------------------------------------------- decisions of CMake

@@ -61,6 +61,17 @@ def test_its_parts_come_in_the_order_in_which_they_are_needed():
     assert sum(line.startswith("- ") for line in cost) == 3
 
 
+def test_the_placeholder_for_the_address_of_the_repository_is_in_one_place():
+    pages = [
+        *ROOT.glob("*.*"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob(".github/**/*.*"),
+        *ROOT.glob("eman_kernels/**/*.py"),
+    ]
+    assert [page.name for page in pages if page.is_file() and "OWNER" in page.read_text()] == ["README.md"]
+    assert [section.splitlines()[0] for section in README.split("\n## ") if "OWNER" in section] == ["Install"]
+
+
 @pytest.fixture(scope="module")
 def on_a_gpu():
     """ResNet-50's rows of the newest report from a GPU, by method."""

@@ -32,7 +32,9 @@ def _use_one_thread() -> None:
 
 
 # A forked child process has none of the threads that OpenMP started in its parent, but would wait for them forever.
-os.register_at_fork(after_in_child=_use_one_thread)
+# Windows has no fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def count_threads(numel: int) -> int:

@@ -21,8 +21,8 @@ def unavailable(device_type: str) -> str | None:
         return missing
     if not C.has_cuda:
         return (
-            f"the extension was built without CUDA ({C.cuda_status}); with an nvcc in place, run "
-            "`EMAN_KERNELS_CUDA=on pip install --force-reinstall --no-deps .`"
+            f"the extension was built without CUDA ({C.cuda_status}); with an nvcc in place, install the package "
+            "again, as before but with `EMAN_KERNELS_CUDA=on pip install -v --force-reinstall --no-deps`"
         )
     if torch.version.hip:
         return "this is torch for ROCm, and the kernel is built for CUDA; use backend='auto'"

@@ -1,14 +1,14 @@
 """The compiled extension, or why there is none. Importing never fails just because no compiler was available."""
 
+import platform
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, float64
 
 from .interface import Arguments, Work
 
-_REINSTALL = "install the package again (`pip install -v --force-reinstall --no-deps .`)"
+_REINSTALL = "install the package again, as before but with `pip install -v --force-reinstall --no-deps`"
 
 C: Any = None  # the module, or None
 missing: str | None = None
@@ -17,8 +17,8 @@ try:
     C = import_module("eman_kernels._C")
 except ModuleNotFoundError:
     missing = f"the compiled extension is not in this installation; with a C++ compiler in place, {_REINSTALL}"
-    if (Path(__file__).parents[2] / "setup.py").exists():
-        missing += ". This is a clone, which in its folder hides a package that `pip install .` has installed"
+    if platform.system() != "Linux":
+        missing = f"the compiled extension is for Linux only, and this is {platform.system()}; use backend='auto'"
 except ImportError as error:
     missing = f"the compiled extension does not load ({error}); {_REINSTALL}"
 

@@ -44,6 +44,15 @@ class Place(NamedTuple):
     first: int  # the number of the teacher's first element, from which stochastic rounding draws
 
 
+# The types of devices on which torch has no float64.
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The floating-point dtype with the most digits that torch has on this device."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 # CUDA graphs that were captured read the table at every replay, even after the plan has been freed.
 _captured_tables: list[Tensor] = []
 

@@ -2,13 +2,14 @@
 tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .interface import Arguments, Work
+from .interface import WITHOUT_FLOAT64, Arguments, Work, widest_float
 
 NAME = "reference"
 TAKES_TABLE = False
@@ -21,7 +22,10 @@ def unavailable(device_type: str) -> str | None:
 @torch.no_grad()
 def run(work: Work, arguments: Arguments, tensors: Sequence[Tensor]) -> None:
     momenta = arguments.momenta
-    weights = 1.0 - momenta.double().reshape(-1) if isinstance(momenta, Tensor) else [1.0 - m for m in momenta]
+    if isinstance(momenta, Tensor):
+        weights = 1.0 - momenta.to(widest_float(momenta.device)).reshape(-1)
+    else:
+        weights = [1.0 - momentum for momentum in momenta]
     for place in chain(*work.places.values()):
         teacher = tensors[place.teacher]
         student = tensors[place.student].to(teacher.device)
@@ -89,6 +93,9 @@ def round_stochastically(average: Tensor, dtype: torch.dtype, first: int, argume
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return average.to(dtype)
+    if average.device.type in WITHOUT_FLOAT64:
+        on_host = replace(arguments, step=int(arguments.step))
+        return round_stochastically(average.cpu(), dtype, first, on_host).to(average.device)
     average = average.float()
     # Element n gets bits 16 * (n % 2) and up of word n % 8 // 2 of the block n // 8: eight elements per Philox call.
     numbers = torch.arange(first, first + average.numel(), device=average.device)

@@ -21,6 +21,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ..backends.interface import WITHOUT_FLOAT64
 from ..functional import ema_update_
 from ..options import Nonfinite, Rounding, make_options
 from ..update.arguments import check_momentum, check_seed
@@ -64,7 +65,8 @@ def _average_tensors(
     averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int, *, decay: Momentum, options: dict
 ) -> None:
     if callable(decay):
-        # In float64: 1 - m would lose three digits if m were float32.
-        decay = decay(n_averaged.double() if isinstance(n_averaged, Tensor) else n_averaged)
+        # In float64: 1 - m would lose three digits if m were float32. Without float64 the host computes m.
+        in_float64 = isinstance(n_averaged, Tensor) and n_averaged.device.type not in WITHOUT_FLOAT64
+        decay = decay(n_averaged.double() if in_float64 else int(n_averaged))
     step = n_averaged if options["rounding"] == "stochastic" else None
     ema_update_(averaged, current, decay, step=step, **options)

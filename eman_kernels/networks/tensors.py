@@ -27,6 +27,18 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
+# The types of devices on which the address of a storage is the handle of a buffer, and not where its elements are.
+WITH_HANDLES = {"mps"}
+
+
+def address_of(tensor: Tensor) -> int:
+    """The address of the first element, for comparisons with other tensors on the same device. Storages on devices with
+    handles are placed so far from each other that they do not overlap."""
+    if tensor.device.type not in WITH_HANDLES:
+        return tensor.data_ptr()
+    return (tensor.untyped_storage().data_ptr() << 64) + tensor.storage_offset() * tensor.element_size()
+
+
 def _is_of_torch(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
@@ -45,7 +57,7 @@ def memory_key(tensor: Tensor) -> object:
     """Equal for tensors that are the same view of the same memory."""
     if not is_plain(tensor) or not tensor.numel():
         return id(tensor)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    return (tensor.device, address_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def storage_key(tensor: Tensor) -> int:

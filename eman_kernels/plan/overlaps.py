@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..networks.errors import NOTHING_WRITTEN
 from ..networks.pairing import Pair
-from ..networks.tensors import extent, is_plain, memory_key
+from ..networks.tensors import address_of, extent, is_plain, memory_key
 
 # Where the strides do not decide whether two tensors overlap, up to this many pieces are compared one by one.
 _MAX_PIECES = 1 << 16
@@ -67,7 +67,7 @@ def check_overlaps(pairs: list[Pair]) -> None:
                     f"{pair.name}: {who} is an expanded or overlapping view (shape {tuple(tensor.shape)}, "
                     f"strides {tensor.stride()}), so one element would be written twice; copy it with .clone()"
                 )
-            start = tensor.data_ptr()
+            start = address_of(tensor)
             end = start + extent(tensor) * tensor.element_size()
             spans.setdefault(tensor.device, []).append(_Span(start, end, written, who, pair.name, tensor))
     # A sweep over the spans in the order of their start: only those that have not ended yet can overlap the next one.
@@ -109,7 +109,7 @@ def _tensors_overlap(one: Tensor, other: Tensor) -> bool:
     Otherwise the pieces are compared one by one.
     """
     (width, steps), (other_width, other_steps) = _contiguous_pieces(one), _contiguous_pieces(other)
-    distance = other.data_ptr() - one.data_ptr()
+    distance = address_of(other) - address_of(one)
     divisor = gcd(*(step for _, step in steps + other_steps))
     if divisor and width <= distance % divisor <= divisor - other_width:
         return False

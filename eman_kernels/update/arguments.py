@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..backends.interface import Arguments
+from ..backends.interface import Arguments, widest_float
 from ..networks.tensors import has_memory, is_distributed, is_plain
 
 
@@ -112,8 +112,8 @@ def _stack_on_device(momenta: list[float | Tensor]) -> Tensor:
     """One tensor on the device of those that are tensors. Numbers are written by the device, without a copy from the
     host, which would synchronize."""
     device = next(momentum.device for momentum in momenta if isinstance(momentum, Tensor))
-    like = {"dtype": torch.float64, "device": device}
-    return torch.stack([m.double() if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
+    like = {"dtype": widest_float(device), "device": device}
+    return torch.stack([m.to(like["dtype"]) if isinstance(m, Tensor) else torch.full((), m, **like) for m in momenta])
 
 
 def _check_counter(name: str, counter: Tensor) -> Tensor:

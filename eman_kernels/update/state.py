@@ -8,6 +8,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..backends.interface import WITHOUT_FLOAT64
 from ..networks.names import iterate_names
 from ..options import Options
 from ..plan.cache import last_plan
@@ -151,6 +152,8 @@ class TeacherState:
             return
         first = next(iterate_names(network), None)
         device = torch.device("cpu") if first is None else first[1].device
+        # Schedules compute in float64. Without it the step stays on the host, and count_step waits for found_inf.
+        on_device = on_device and device.type not in WITHOUT_FLOAT64
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and not self.capturable and by_step:
             raise RuntimeError(

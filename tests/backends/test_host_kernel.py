@@ -1,4 +1,5 @@
-"""The sources of the CUDA and CPU kernels, compiled as host C++ and run under AddressSanitizer and UBSan."""
+"""The sources of the CUDA and CPU kernels, compiled as host C++: run under AddressSanitizer and UBSan, and compiled for
+64-bit ARM and run in an emulator."""
 
 import os
 import shutil
@@ -34,19 +35,23 @@ FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off",
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 MILLION = 1_000_000
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# AddressSanitizer does not work in the emulator. The loops are vectorized, as in the extension.
+ON_ARM = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+KERNELS = HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp"
 
 
-def build(folder, *sources, flags=()):
-    compiler = shutil.which("g++") or shutil.which("clang++")
+def build(folder, *sources, flags=(), compiler=None, sanitizers=SANITIZERS):
+    """Compile a program, and return the command that runs it."""
+    more = os.environ.get("CXXFLAGS", "").split() if compiler is None else []
+    compiler = compiler or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no g++ or clang++ on PATH")
     program = folder / "program"
-    more = os.environ.get("CXXFLAGS", "").split()
     command = [
         compiler,
         *FLAGS,
         *WARNINGS,
-        *SANITIZERS,
+        *sanitizers,
         *flags,
         *more,
         f"-I{CSRC}",
@@ -60,12 +65,29 @@ def build(folder, *sources, flags=()):
         pytest.skip(f"{compiler} has no sanitizer libraries: {built.stderr.strip().splitlines()[-1]}")
     assert built.returncode == 0, built.stderr
     assert "warning" not in built.stderr, built.stderr
-    return program
+    return [program]
+
+
+def build_for_arm(folder, *sources):
+    """Compile a program for 64-bit ARM, and return the command that runs it in an emulator."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("no aarch64-linux-gnu-g++ or no qemu-aarch64 (packages g++-aarch64-linux-gnu and qemu-user)")
+    where = subprocess.run([compiler, "-print-file-name=libc.so.6"], capture_output=True, text=True, check=True).stdout
+    libraries = Path(where.strip()).resolve().parents[1]
+    return [emulator, "-L", libraries, *build(folder, *sources, compiler=compiler, sanitizers=ON_ARM)]
 
 
 @pytest.fixture(scope="module")
-def host_kernel(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("host_kernel"), HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp")
+def sanitized_kernel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("host_kernel"), *KERNELS)
+
+
+@pytest.fixture(scope="module", params=["sanitized", pytest.param("arm", marks=pytest.mark.slow)])
+def host_kernel(request, tmp_path_factory):
+    if request.param == "arm":
+        return build_for_arm(tmp_path_factory.mktemp("host_kernel"), *KERNELS)
+    return request.getfixturevalue("sanitized_kernel")
 
 
 def run(program, kernel, cases, momentum):
@@ -79,7 +101,7 @@ def run(program, kernel, cases, momentum):
         data += struct.pack("6IQ", code, *sizes, *offsets, i * MILLION)
     for _, teacher, student, _ in cases:
         data += b"".join(bytes(t.view(torch.uint8).numpy()) if t.numel() else b"" for t in (teacher, student))
-    done = subprocess.run([program, kernel], input=data, capture_output=True)
+    done = subprocess.run([*program, kernel], input=data, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     out, at = done.stdout, 0
 
@@ -144,7 +166,7 @@ def test_every_pair_size_and_alignment(host_kernel, kernel, momentum):
 def test_more_pairs_in_flight_and_more_threads(tmp_path, in_flight, threads):
     """The variants that benchmarks/variants.py builds."""
     flags = [f"-DEMAN_IN_FLIGHT={in_flight}", f"-DEMAN_THREADS={threads}"]
-    program = build(tmp_path, HERE / "host_kernel.cpp", CSRC / "eman_update_cpu.cpp", flags=flags)
+    program = build(tmp_path, *KERNELS, flags=flags)
     cases = every_case()
     for case, [(got, _)] in zip(cases, run(program, "cuda", cases, 0.3)[0], strict=True):
         code, teacher, student, offsets = case
@@ -155,7 +177,7 @@ def test_more_pairs_in_flight_and_more_threads(tmp_path, in_flight, threads):
 def test_a_launch_reports_only_its_own_error(tmp_path):
     """An error is thrown once and then cleared, and the current device is restored."""
     flags = ["-DEMAN_WITH_CUDA", "-x", "c++"]
-    done = subprocess.run([build(tmp_path, HERE / "host_launch.cpp", flags=flags)], capture_output=True, text=True)
+    done = subprocess.run(build(tmp_path, HERE / "host_launch.cpp", flags=flags), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     begin = "eman_kernels: the launch of eman"
     no_image = "failed on cuda:1: cudaErrorNoKernelImageForDevice: in words; device 0, last error 0"
@@ -209,11 +231,11 @@ def test_swap(host_kernel, kernel):
 
 
 @pytest.mark.parametrize("kernel", ["cuda", "cpu", "cuda-general", "cpu-general", "cuda-swap", "cpu-swap"])
-def test_the_sanitizers_detect_an_access_outside_of_a_tensor(host_kernel, kernel):
+def test_the_sanitizers_detect_an_access_outside_of_a_tensor(sanitized_kernel, kernel):
     """A case that claims one element more than the student has."""
     teacher, student = torch.zeros(1000), torch.ones(1000)
     code = COPY_CODES[4] if "swap" in kernel else PAIR_CODES["ema", torch.float32, torch.float32]
     data = struct.pack("dI", 0.5, 1) + struct.pack("6IQ", code, 1000, 4, 2, 0, 0, 0)
     data += bytes(teacher.numpy()) + bytes(student.numpy())
-    done = subprocess.run([host_kernel, kernel], input=data, capture_output=True)
+    done = subprocess.run([*sanitized_kernel, kernel], input=data, capture_output=True)
     assert b"heap-buffer-overflow" in done.stderr

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import adapters_example, assert_same_bits
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -67,6 +67,13 @@ def test_example_runs(tmp_path):
     assert names["average"].teacher.step == 6
     for name, tensor in average.state_dict().items():
         assert_same_bits(tensor, names["average"].teacher.module.state_dict()[name], name)
+
+
+def test_the_example_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(adapters_example("transformers"), names)
+    assert names["average"].teacher.step == 6
 
 
 def test_average_equals_torchs(tmp_path):

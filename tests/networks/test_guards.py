@@ -744,6 +744,8 @@ def test_a_copy_that_shares_memory_is_refused():
 @pytest.mark.parametrize("backend", ["cpu", "foreach"])
 def test_a_new_plan_in_a_forked_child(backend):
     """OpenMP threads do not survive a fork, and waiting for them would hang."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
     if reason := available_backends()[backend]:
         pytest.skip(reason)
     size = 1 << 20 if backend == "cpu" else 100  # larger torch loops would wait for threads too
@@ -817,3 +819,46 @@ def test_the_search_for_a_field_reads_nothing_behind_it(monkeypatch):
     assert guards._find_offset(words, size=64) == 16
     assert all(any(end - 24 < at <= end for end in ends) for at in read)
     assert guards._find_offset(words | {ctypes.addressof(objects[0]): 1}, size=16) is None
+
+
+# ---------------------------------------------------------------- another torch
+
+
+def lacks_the_library(monkeypatch):
+    def no_library(*args, **kwargs):
+        raise OSError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+
+
+def lacks_a_function(monkeypatch):
+    monkeypatch.setattr(guards, "_FUNCTIONS", (*guards._FUNCTIONS[:-1], "no_such_function"))
+
+
+def lacks_the_offset(monkeypatch):
+    monkeypatch.setattr(guards, "_find_offset", lambda words, size: None)
+
+
+@pytest.mark.parametrize("lacks", [lacks_the_library, lacks_a_function, lacks_the_offset])
+def test_without_torchs_c_interface_python_compares(lacks, monkeypatch):
+    lacks(monkeypatch)
+    monkeypatch.setattr(guards, "_extension_reads_torch", guards._connect_extension())
+    assert not guards._extension_reads_torch
+    teacher, student = Net(), Net()
+    assert_follows(teacher, student)
+    replace_layer(student)
+    assert_follows(teacher, student)
+
+
+def test_without_torchs_bump_version_autograd_is_told_too(monkeypatch):
+    if not guards._extension_reads_torch:
+        pytest.skip("the extension is not built, or this torch lacks the interface that its guards read")
+    monkeypatch.setattr(guards, "_BUMP_VERSION", "no_such_function")
+    try:
+        assert guards._connect_extension()
+        teacher = torch.zeros(3)
+        ema_update_([teacher], [torch.ones(3)], 0.5)
+        assert teacher._version == 1
+    finally:
+        monkeypatch.undo()
+        guards._connect_extension()

@@ -22,7 +22,7 @@ def timm(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
 def lightning(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:
     from eman_kernels.integrations.lightning import EMANWeightAveraging
 
-    return follow_with_lightning(EMANWeightAveraging(momentum=momentum), teacher, student)
+    return follow_with_lightning(EMANWeightAveraging(decay=momentum), teacher, student)
 
 
 def diffusers(teacher: nn.Module, student: nn.Module, momentum: float) -> Following:

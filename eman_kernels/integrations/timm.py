@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..schedules import CopyFirst, InverseGamma
+from ..schedules import InverseGamma
 from ..teacher import EMANTeacher
 
 if find_spec("timm") is None:
@@ -41,15 +41,20 @@ class ModelEman(EMANTeacher):
 
     Args:
         model: the network to follow; DDP and torch.compile wrappers are stripped.
-        decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in V3. They define the momentum
-            of update ``step`` (see ``schedules.InverseGamma``); updates up to ``update_after_step + 1`` copy the model.
+        decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power: as in V3: see ``get_decay``. They
+            are attributes and can be assigned. ``decay`` and EMANTeacher's ``momentum`` are one attribute.
         device: where the average is stored; default: the model's device. For an average on the CPU each update copies
             the model to the CPU.
-        rounding: as in EMANTeacher; default "stochastic", as in V3.
-        options: other keyword options of EMANTeacher. ``buffers="copy"`` is V3's exclude_buffers, ``dtype`` is V3's.
+        dtype: the floating-point dtype of the average; default: the model's.
+        stochastic_rounding: ``rounding="stochastic"`` of EMANTeacher (default) or ``"nearest"``.
+        stochastic_rounding_seed: ``seed`` of EMANTeacher; default 0.
+        foreach: has no effect: all tensors are updated in one pass by any ``backend``.
+        exclude_buffers: ``buffers="copy"`` of EMANTeacher, or ``"ema"`` (default).
+        options: other keyword options of EMANTeacher. ``rounding``, ``seed`` and ``buffers`` replace the three above.
 
     Raises:
-        ValueError: see EMANTeacher and ``schedules.InverseGamma``.
+        ValueError: see EMANTeacher; with use_warmup also if min_decay is outside [0, 1] or warmup_gamma or warmup_power
+            is not positive.
     """
 
     def __init__(
@@ -62,17 +67,54 @@ class ModelEman(EMANTeacher):
         warmup_gamma: float = 1.0,
         warmup_power: float = 2 / 3,
         device: torch.device | str | None = None,
-        *,
-        rounding: str = "stochastic",
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        stochastic_rounding_seed: int = 0,
+        foreach: bool = True,
+        exclude_buffers: bool = False,
         **options: Any,
     ) -> None:
-        momentum = CopyFirst(decay, updates=update_after_step + 1)
-        if use_warmup:
-            momentum = InverseGamma(decay, warmup_gamma, warmup_power, min_decay, update_after_step)
-        super().__init__(model, momentum, rounding=rounding, **options)
+        of_timm = {
+            "rounding": "stochastic" if stochastic_rounding else "nearest",
+            "seed": stochastic_rounding_seed,
+            "buffers": "copy" if exclude_buffers else "ema",
+        }
+        super().__init__(model, decay, dtype=dtype, **of_timm | options)
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.use_warmup = use_warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        if use_warmup:  # raises for arguments out of range
+            InverseGamma(max(decay, min_decay), warmup_gamma, warmup_power, min_decay)
         self.state.step_is_given = True  # or the decay is constant: see update
-        self.decay = decay
         self.module.to(device)
+
+    @property
+    def decay(self) -> float:
+        """EMANTeacher's momentum."""
+        return self.momentum
+
+    @decay.setter
+    def decay(self, decay: float) -> None:
+        self.momentum = decay
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The decay of update ``step``, counted from 1.
+
+        It is 0 for the first ``update_after_step + 1`` updates, which copy the model, and then ``decay``, or with
+        ``use_warmup`` that of ``schedules.InverseGamma``. A ``min_decay`` above ``decay`` has precedence, as in V3.
+        Without a step it is ``decay``.
+        """
+        if step is None:
+            return self.decay
+        since = step - 1 - self.update_after_step
+        if since <= 0:
+            return 0.0
+        if not self.use_warmup:
+            return self.decay
+        warm_up = 1 - (1 + since / self.warmup_gamma) ** -self.warmup_power
+        return max(min(warm_up, self.decay), self.min_decay)
 
     def update(self, model: nn.Module, step: int | None = None, *, found_inf: Tensor | None = None) -> None:
         """Follow the model by one step.
@@ -84,11 +126,9 @@ class ModelEman(EMANTeacher):
                 constant and no update copies the model, as in V3.
             found_inf: as in ``EMANTeacher.update``.
         """
-        if step is None:
-            super().update(model, momentum=self.decay, found_inf=found_inf)
-        else:
+        if step is not None:
             self.step = max(step - 1, 0)
-            super().update(model, found_inf=found_inf)
+        super().update(model, momentum=self.get_decay(step), found_inf=found_inf)
 
     def set(self, model: nn.Module) -> None:
         """Copy the model. This does not count as an update: the step does not change."""

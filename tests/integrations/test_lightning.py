@@ -1,10 +1,11 @@
 """EMANWeightAveraging in Lightning's Trainer, compared with EMAWeightAveraging."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import adapters_example, assert_same_bits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -64,6 +65,9 @@ def test_example_runs(tmp_path):
     exec(example, names)
     (callback,) = [c for c in names["trainer"].callbacks if isinstance(c, EMANWeightAveraging)]
     assert callback._average_model.step == 8
+    names = {"Trainer": partial(lightning.Trainer, **options)}
+    exec(adapters_example("lightning"), names)
+    assert names["average"] in names["trainer"].callbacks
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -80,7 +84,7 @@ def test_average_equals_a_teachers_and_lightnings(accumulate, tmp_path):
 
     module = Module()
     initial = Module().net
-    callback = EMANWeightAveraging(momentum=0.9)
+    callback = EMANWeightAveraging(decay=0.9)
     fit([callback, Recorder()], module, tmp_path, accumulate_grad_batches=accumulate)
     assert callback._average_model.step == len(seen) == {1: 8, 3: 3}[accumulate]
     for name, tensor in expected[0].module.state_dict().items():
@@ -96,14 +100,240 @@ def test_average_equals_a_teachers_and_lightnings(accumulate, tmp_path):
     assert callback._average_model.module.net[1].num_batches_tracked == 8
 
 
-def test_update_steps_equal_lightnings(tmp_path):
-    ours = EMANWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
-    theirs = EMAWeightAveraging(update_every_n_steps=2, update_starting_at_step=3)
-    assert (
-        [k for k in range(9) if ours.should_update(k)] == [k for k in range(9) if theirs.should_update(k)] == [4, 6, 8]
-    )
-    fit(ours, Module(), tmp_path)
-    assert ours._average_model.step == 2
+# The cases of Lightning's own tests, tests_pytorch/callbacks/test_weight_averaging.py, for both callbacks.
+KINDS = pytest.mark.parametrize("kind", [EMANWeightAveraging, EMAWeightAveraging])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [
+        ({}, list(range(9)), []),
+        ({"update_every_n_steps": 4}, [0, 4, 8], []),
+        ({"update_every_n_steps": 2, "update_starting_at_step": 3}, [4, 6, 8], []),
+        ({"update_starting_at_epoch": 2}, list(range(9)), [2, 3]),
+        ({"update_every_n_steps": 0, "update_starting_at_step": 3, "update_starting_at_epoch": 0}, [], [0, 1, 2, 3]),
+    ],
+)
+def test_should_update(kind, options, steps, epochs):
+    callback = kind(**options)
+    assert [k for k in range(9) if callback.should_update(k)] == steps
+    assert [k for k in range(9) if callback.should_update(step_idx=k)] == steps
+    assert [k for k in range(4) if callback.should_update(epoch_idx=k)] == epochs
+    assert not callback.should_update()
+
+
+class Recorder(lightning.Callback):
+    """Records the floating-point tensors of the network after each optimizer step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step > len(self.states):
+            state = module.net.state_dict()
+            self.states.append({name: t.clone() for name, t in state.items() if t.is_floating_point()})
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("positional", "options", "updates"),
+    [
+        ((), {}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        ((), {"decay": 0.5, "update_every_n_steps": 4}, [0, 4, 8]),
+        ((), {"decay": 0.9999, "update_starting_at_step": 5}, [5, 6, 7, 8]),
+        ((), {"decay": 0.9, "update_starting_at_epoch": 1}, [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 8]),
+        (("cpu", True, 0.5, 0, None, 1), {}, [5, 8]),
+        ((None, False), {"decay": 0.5}, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_average_of_three_epochs_of_three_steps(kind, positional, options, updates, tmp_path):
+    """``updates``: after which steps the average follows the model; the end of an epoch repeats its last step."""
+    decay = positional[2] if len(positional) > 2 else options.get("decay", 0.999)
+    module, callback, recorder = Module(), kind(*positional, **options), Recorder()
+    fit([callback, recorder], module, tmp_path, max_epochs=3, limit_train_batches=3)
+    average = callback._average_model
+    assert average.n_averaged == len(updates)
+    assert average.n_averaged.item() == len(updates)
+    expected = {name: t.double() for name, t in recorder.states[updates[0]].items()}
+    for step in updates[1:]:
+        expected = {name: t.lerp(recorder.states[step][name].double(), 1 - decay) for name, t in expected.items()}
+    if positional == (None, False):  # the buffers are copied
+        expected |= {name: t.double() for name, t in recorder.states[-1].items() if "running" in name}
+    for network in (average.module.net, module.net):  # the model gets the average at the end
+        state = network.state_dict()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(state[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@KINDS
+def test_should_update_can_be_overridden(kind, tmp_path):
+    counts = []
+
+    class Epochs(kind):
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return epoch_idx in (1, 3)
+
+        def on_train_epoch_end(self, *arguments):
+            super().on_train_epoch_end(*arguments)
+            counts.append(int(self._average_model.n_averaged))
+
+    fit(Epochs(), Module(), tmp_path, max_epochs=5, limit_train_batches=1)
+    assert counts == [0, 1, 1, 2, 2]
+
+
+@KINDS
+def test_neither_trainer_nor_data_loaders_are_copied(kind, tmp_path):
+    checked = []
+
+    class Checking(kind):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+            average = self._average_model.module
+            checked.append(average._trainer is None and average.train_dataloader.__self__ is average)
+
+    fit(Checking(), Module(), tmp_path, fast_dev_run=True)
+    assert checked == [True]
+
+
+@KINDS
+@pytest.mark.parametrize("crash", [1, 2])
+def test_a_run_that_crashed_resumes_as_if_it_had_not(kind, crash, tmp_path):
+    class Crashing(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.current_epoch == crash:
+                raise ArithmeticError
+
+    def make():
+        return kind(decay=0.5, update_every_n_steps=2, update_starting_at_epoch=0)
+
+    options = {"max_epochs": 3, "limit_train_batches": 3, "limit_val_batches": 0, "accumulate_grad_batches": 2}
+    uninterrupted, module = make(), Module()
+    fit(uninterrupted, module, tmp_path / "uninterrupted", **options)
+    with pytest.raises(ArithmeticError):
+        fit([make(), Crashing()], Module(), tmp_path, **options)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    callback, resumed = make(), Module()
+    fit(callback, resumed, tmp_path, str(path), **options)
+    assert callback._average_model.n_averaged == uninterrupted._average_model.n_averaged == 6
+    for name, tensor in module.state_dict().items():
+        assert_same_bits(resumed.state_dict()[name], tensor, name)
+
+
+class MadeInSetup(Module):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def make(self):
+        if self.net is None:
+            self.net = Module().net
+
+    def setup(self, stage):
+        self.make()
+
+
+class MadeInConfigureModel(MadeInSetup):
+    setup = lightning.LightningModule.setup
+    configure_model = MadeInSetup.make
+
+
+@KINDS
+def test_layers_of_configure_model(kind, tmp_path):
+    class Checking(kind):
+        def setup(self, trainer, pl_module, stage):
+            super().setup(trainer, pl_module, stage)
+            assert self._average_model.module.net is not None
+
+    module, plain, callbacks = MadeInConfigureModel(), Module(), [Checking(decay=0.9), kind(decay=0.9)]
+    with pytest.warns(UserWarning, match="configure_model"):
+        fit(callbacks[0], module, tmp_path)
+    fit(callbacks[1], plain, tmp_path)
+    for name, tensor in plain.state_dict().items():
+        assert_same_bits(module.state_dict()[name], tensor, name)
+        assert_same_bits(callbacks[0]._average_model.module.state_dict()[name], tensor, name)
+
+
+def test_layers_of_setup(tmp_path):
+    """Lightning calls it after the callback's. Its own callback leaves such layers out, and here averages nothing."""
+    module, plain = MadeInSetup(), Module()
+    trainer = fit(EMANWeightAveraging(decay=0.9), module, tmp_path)
+    uninterrupted = EMANWeightAveraging(decay=0.9)
+    fit(uninterrupted, plain, tmp_path)
+    for name, tensor in plain.state_dict().items():
+        assert_same_bits(module.state_dict()[name], tensor, name)
+    resumed, expected = EMANWeightAveraging(decay=0.9), EMANWeightAveraging(decay=0.9)
+    path = trainer.checkpoint_callback.best_model_path
+    fit(resumed, MadeInSetup(), tmp_path, path, max_epochs=2)
+    fit(expected, Module(), tmp_path, max_epochs=2)
+    assert resumed._average_model.n_averaged == 16
+    for name, tensor in expected._average_model.module.state_dict().items():
+        assert_same_bits(resumed._average_model.module.state_dict()[name], tensor, name)
+
+
+def test_replaced_layers_of_setup(tmp_path):
+    class Replacing(Module):
+        def setup(self, stage):
+            self.net[2] = nn.Linear(4, 7)
+
+    callback = EMANWeightAveraging()
+    fit(callback, Replacing(), tmp_path)
+    assert callback._average_model.module.net[2].weight.shape == (7, 4)
+
+
+@KINDS
+def test_the_network_is_copied_once(kind, tmp_path):
+    copies = []
+
+    class Counting(nn.Linear):
+        def __deepcopy__(self, memo):
+            copies.append(self)
+            return nn.Linear(4, 1)
+
+    module, callback = Module(), kind()
+    module.net[2] = Counting(4, 1)
+    for count in (1, 2):
+        fit(callback, module, tmp_path, fast_dev_run=True)
+        assert len(copies) == count
+
+
+@pytest.mark.parametrize(
+    ("positional", "options", "error", "message"),
+    [
+        ((0.99,), {}, TypeError, r"device must be .* got 0.99; pass the decay as decay="),
+        ((), {"decay": 1.5}, ValueError, r"momentum must be in \[0, 1\], but is 1.5"),
+        ((), {"momentum": "0.9"}, TypeError, "momentum must be a number"),
+        ((), {"update_every_n_steps": -1}, ValueError, "update_every_n_steps must be at least 0"),
+        ((), {"update_every_n_steps": 0}, ValueError, "pass update_starting_at_epoch="),
+        ((), {"rounding": "up"}, ValueError, "unknown rounding='up'"),
+        ((), {"rules": {"*": "mean"}}, ValueError, "unknown rule 'mean'"),
+        ((), {"dtype": torch.float32}, TypeError, "the average has the model's dtype"),
+        ((), {"avg_fn": torch.lerp}, TypeError, "unexpected keyword argument 'avg_fn'"),
+        ((), {"tau": 0.01}, TypeError, "pass momentum=1 - tau"),
+    ],
+)
+def test_options_are_checked_when_the_callback_is_made(positional, options, error, message):
+    with pytest.raises(error, match=message):
+        EMANWeightAveraging(*positional, **options)
+
+
+def test_options_of_emanteacher_have_precedence(tmp_path):
+    callback = EMANWeightAveraging(None, True, 0.9, momentum=0.5, buffers="skip", module=Module())
+    fit(callback, Module(), tmp_path, limit_train_batches=2)
+    average = callback._average_model
+    assert (average.momentum(0), average.momentum(1), average.buffer_rule) == (0.0, 0.5, "skip")
+    assert not average.module.net[1].running_mean.any()
+
+
+def test_the_error_of_a_student_that_cannot_be_copied_is_not_masked(tmp_path):
+    class Uncopyable(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise ArithmeticError
+
+    module = Module()
+    module.net[2] = Uncopyable(4, 1)
+    with pytest.raises(TypeError, match="the student cannot be deep-copied"):
+        fit(EMANWeightAveraging(), module, tmp_path)
 
 
 def test_validation_uses_the_average_and_restores_the_model_if_it_raises(tmp_path):
@@ -120,7 +350,7 @@ def test_validation_uses_the_average_and_restores_the_model_if_it_raises(tmp_pat
 
 @pytest.mark.parametrize("kinds", [(0, 0), (0, 1), (1, 0)], ids=["resume", "to Lightning", "from Lightning"])
 def test_checkpoints_are_interchangeable_with_lightnings(kinds, tmp_path):
-    make = [lambda: EMANWeightAveraging(momentum=0.9), lambda: EMAWeightAveraging(decay=0.9)]
+    make = [lambda: EMANWeightAveraging(decay=0.9), lambda: EMAWeightAveraging(decay=0.9)]
     callback = make[kinds[0]]()
     trainer = fit(callback, Module(), tmp_path)
     path = trainer.checkpoint_callback.best_model_path
@@ -151,7 +381,7 @@ def test_a_checkpoint_saved_during_validation_holds_average_and_model(kind, tmp_
 
         on_validation_start = on_validation_batch_end = on_validation_end = save
 
-    callback = EMANWeightAveraging(momentum=0.9) if kind == "ours" else EMAWeightAveraging(decay=0.9)
+    callback = EMANWeightAveraging(decay=0.9) if kind == "ours" else EMAWeightAveraging(decay=0.9)
     module = Module()
     fit([callback, Saver()], module, tmp_path, limit_val_batches=2)
     assert len(states) == 4
@@ -168,7 +398,7 @@ def test_a_checkpoint_saved_during_validation_holds_average_and_model(kind, tmp_
     if kind == "ours":
         assert_same_bits(module.validated[1], module.validated[0])
         assert_same_bits(module.validated[1], states[1]["state_dict"]["net.0.weight"])
-        resumed = EMANWeightAveraging(momentum=0.9)
+        resumed = EMANWeightAveraging(decay=0.9)
         torch.save(states[1], path)
         fit(resumed, Module(), tmp_path, str(path), max_epochs=1)
         for key, tensor in states[0]["state_dict"].items():
@@ -186,7 +416,7 @@ class Decaying(torch.optim.SGD):
 def test_an_optimizer_that_calls_super_step_is_followed_once(tmp_path):
     """Also by a teacher that follows Lightning's wrapper of it."""
     torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch hooks both classes now
-    module, callback, same = Module(), EMANWeightAveraging(momentum=0.0), []
+    module, callback, same = Module(), EMANWeightAveraging(decay=0.0), []
     module.configure_optimizers = lambda: Decaying(module.parameters(), lr=0.1)
     teacher = EMANTeacher(module.net, 0.0)
 
@@ -225,7 +455,7 @@ def test_bfloat16(precision, tmp_path):
         def on_train_batch_end(self, trainer, module, *_):
             first.append(module.net[0].weight.detach().clone())
 
-    callback = EMANWeightAveraging(momentum=0.99)
+    callback = EMANWeightAveraging(decay=0.99)
     fit([callback, Recorder()], Module(), tmp_path, precision=precision)
     average = callback._average_model.module.net[0].weight
     assert average.dtype == first[0].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
@@ -253,7 +483,7 @@ def test_steps_skipped_by_the_scaler_on_a_gpu(tmp_path):
             if not found[-1]:
                 expected.append({k: v.cpu() for k, v in module.net.state_dict().items()})
 
-    module, callback = Module(), EMANWeightAveraging(momentum=0.9)
+    module, callback = Module(), EMANWeightAveraging(decay=0.9)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40, backoff_factor=2.0**-30)
     fit([Recorder(), callback], module, tmp_path, accelerator="gpu", devices=1,
         plugins=[MixedPrecision("16-mixed", "cuda", scaler=scaler)])  # fmt: skip
@@ -284,7 +514,7 @@ def test_steps_skipped_by_the_scaler_are_not_averaged(tmp_path, fused):
             if not skipped[-1]:
                 expected.append({k: v.clone() for k, v in module.net.state_dict().items()})
 
-    module, callback = Module(fused=fused), EMANWeightAveraging(momentum=0.9)
+    module, callback = Module(fused=fused), EMANWeightAveraging(decay=0.9)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fit([Recorder(), callback], module, tmp_path, plugins=[plugin])
     assert skipped == [True] + 7 * [False]
@@ -294,3 +524,12 @@ def test_steps_skipped_by_the_scaler_are_not_averaged(tmp_path, fused):
         average = {k: v.lerp(state[k], 0.1) if v.is_floating_point() else state[k] for k, v in average.items()}
     for name, tensor in callback._average_model.module.net.state_dict().items():
         torch.testing.assert_close(tensor, average[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_skipped_step_does_not_skip_the_update_of_its_epoch(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    callback, module = EMANWeightAveraging(update_starting_at_epoch=0), Module(fused=True)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(callback, module, tmp_path, plugins=[plugin], limit_train_batches=1)
+    assert callback._average_model.n_averaged == 1
+    assert callback._average_model.module.net[1].num_batches_tracked == 1

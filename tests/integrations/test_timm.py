@@ -62,6 +62,9 @@ def test_the_example_of_the_guide_runs():
         {"decay": 0.7, "use_warmup": True},
         {"decay": 0.9, "use_warmup": True, "min_decay": 0.2, "update_after_step": 2, "warmup_gamma": 3.0},
         {"use_warmup": True, "warmup_power": 0.75, "device": "cpu"},
+        {"decay": 0.5, "use_warmup": True, "min_decay": 0.8},
+        {"decay": 0.5, "min_decay": 0.8, "foreach": False},
+        {"decay": 0.9, "exclude_buffers": True},
     ],
 )
 @pytest.mark.parametrize("with_step", [True, False])
@@ -73,6 +76,7 @@ def test_averages_equal_modelemav3s_bit_for_bit(options, with_step):
         for average in (ours, theirs):
             average.update(model, step=step if with_step else None)
         assert_same_networks(ours.module, theirs.module)
+        assert ours.get_decay(step if with_step else None) == theirs.get_decay(step if with_step else None)
         if not with_step:
             assert ours.step == step
     assert not torch.equal(ours.module[3].weight, model[3].weight)
@@ -83,14 +87,163 @@ def test_averages_equal_modelemav3s_bit_for_bit(options, with_step):
     assert ours.step == 10, "set() must not count as an update"
 
 
-def test_buffers_copy_equals_exclude_buffers():
+def test_attributes_of_the_decay_can_be_assigned():
     model = net()
-    ours, theirs = ModelEman(model, 0.9, buffers="copy"), ModelEmaV3(model, 0.9, exclude_buffers=True)
-    for step in range(1, 5):
+    ours, theirs = ModelEman(model, 0.9), ModelEmaV3(model, 0.9)
+    changes = [{}, {"decay": 0.5}, {"use_warmup": True, "warmup_gamma": 3.0}, {"warmup_power": 0.9}, {"min_decay": 0.7},
+               {"decay": 0.1}, {"update_after_step": 6}, {"use_warmup": False, "update_after_step": 0}]  # fmt: skip
+    for step, change in enumerate(changes, start=3):
         train_step(model)
-        ours.update(model, step=step)
-        theirs.update(model, step=step)
-    assert_same_networks(ours.module, theirs.module)
+        for average in (ours, theirs):
+            for name, value in change.items():
+                setattr(average, name, value)
+            average.update(model, step=step)
+        assert_same_networks(ours.module, theirs.module)
+        assert [ours.get_decay(k) for k in range(99)] == [theirs.get_decay(k) for k in range(99)]
+    assert ours.momentum == ours.decay == 0.1
+    ours.momentum = 0.25
+    assert ours.decay == ours.get_decay(1000) == 0.25
+
+
+def test_arguments_are_modelemav3s_in_the_same_order():
+    parameters = [list(inspect.signature(kind).parameters.values()) for kind in (ModelEman, ModelEmaV3)]
+    ours, theirs = ([(p.name, p.kind, p.default) for p in each] for each in parameters)
+    if "stochastic_rounding" in inspect.signature(ModelEmaV3).parameters:  # since timm 1.0.31
+        assert ours[:-1] == theirs
+    assert {each[0] for each in theirs} <= {each[0] for each in ours}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.5}, r"must be in \[0, 1\]"),
+        ({"warmup_gamma": 0, "use_warmup": True}, "gamma must be positive"),
+        ({"warmup_power": 0, "use_warmup": True}, "power must be positive"),
+        ({"min_decay": -0.1, "use_warmup": True}, r"min_decay must be in"),
+        ({"min_decay": 1.1, "use_warmup": True}, r"must be in \[0, 1\]"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelEman(net(), **options)
+
+
+def test_options_of_emanteacher_have_precedence():
+    average = ModelEman(net(), stochastic_rounding_seed=1, exclude_buffers=True)
+    assert (average.rounding, average.seed, average.buffer_rule) == ("stochastic", 1, "copy")
+    assert ModelEman(net(), stochastic_rounding=False).rounding == "nearest"
+    average = ModelEman(net(), stochastic_rounding_seed=1, rounding="nearest", seed=2, buffers="skip")
+    assert (average.rounding, average.seed, average.buffer_rule) == ("nearest", 2, "skip")
+
+
+# The cases of timm's own tests, tests/test_utils.py, for both classes.
+KINDS = pytest.mark.parametrize("kind", [ModelEman, ModelEmaV3])
+OPTIONS = pytest.mark.parametrize("options", [{}, {"foreach": False}, {"exclude_buffers": True}], ids=str)
+NEEDS_1_0_31 = pytest.mark.skipif(
+    "stochastic_rounding" not in inspect.signature(ModelEmaV3).parameters,
+    reason="ModelEmaV3 rounds stochastically and has a dtype since timm 1.0.31",
+)
+
+
+def drifts(average, model, steps):
+    """How far a drifting model's average has moved, and how far it would have moved in float64."""
+    start = model.weight.detach().double().clone()
+    exact = start.clone()
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight += 1e-3
+        average.update(model, step=step)
+        exact = exact.lerp(model.weight.detach().double(), 1 - average.get_decay(step))
+    return (average.module.weight.double() - start).mean().item(), (exact - start).mean().item()
+
+
+@KINDS
+@OPTIONS
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "tolerance"),
+    [
+        (torch.bfloat16, {"dtype": torch.float32}, 0.01),
+        (torch.bfloat16, {}, 0.05),
+        (torch.bfloat16, {"stochastic_rounding": False}, None),
+        (torch.float32, {}, 1e-5),
+    ],
+    ids=str,
+)
+@NEEDS_1_0_31
+@pytest.mark.filterwarnings("ignore:at momentum 0.9998 a half-precision teacher rounded to nearest does not move")
+def test_average_of_a_drifting_model(kind, options, dtype, rounded, tolerance):
+    torch.manual_seed(0)
+    model = nn.Linear(32, 32, dtype=dtype)
+    average = kind(model, 0.9998, **options, **rounded)
+    assert average.module.weight.dtype == rounded.get("dtype", dtype)
+    moved, exact = drifts(average, model, steps=600)
+    if tolerance is None:  # steps below half an ulp are lost
+        assert moved < 0.2 * exact
+    else:
+        assert moved == pytest.approx(exact, rel=tolerance)
+
+
+@KINDS
+@OPTIONS
+@NEEDS_1_0_31
+def test_stochastic_rounding_depends_on_the_seed_only(kind, options):
+    """Processes with other random states round alike, and none of their random numbers is used up."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).bfloat16()
+    averages = [kind(model, 0.9998, stochastic_rounding_seed=seed, **options) for seed in (17, 17, 18)]
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor += 2
+    for step in range(10, 14):
+        for rank, average in enumerate(averages):
+            torch.manual_seed(100 * step + rank)
+            before = torch.get_rng_state()
+            average.update(model, step=step)
+            assert torch.equal(torch.get_rng_state(), before)
+    assert_same_networks(averages[0].module, averages[1].module)
+    assert not torch.equal(averages[0].module[0].weight, averages[2].module[0].weight)
+
+
+@KINDS
+@OPTIONS
+@NEEDS_1_0_31
+def test_tensors_and_steps_are_rounded_differently(kind, options):
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(2))).bfloat16()
+    average = kind(model, 0.9998, **options)
+    rounded = []
+    for step in (10, 11):
+        with torch.no_grad():
+            for layers, value in ((model, 2.0), (average.module, 1.0)):
+                for parameter in layers.parameters():
+                    parameter.fill_(value)
+        average.update(model, step=step)
+        rounded += [layer.weight.detach().clone() for layer in average.module]
+    assert not any(torch.equal(rounded[i], rounded[j]) for i in range(4) for j in range(i))
+
+
+@KINDS
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_scripted_model(kind, tmp_path):
+    """As in ``train.py --torchscript --model-ema``."""
+    model = net()
+    scripted, plain = torch.jit.script(model), kind(model, 0.9)
+    average = kind(scripted, 0.9)
+    images = torch.randn(2, 3, 6, 6)
+    optimizer = torch.optim.SGD(scripted.parameters(), lr=0.1)
+    for step in range(1, 4):
+        scripted(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.load_state_dict(average.state_dict())
+        average.update(scripted, step=step)
+        plain.update(model, step=step)  # its tensors are the scripted model's
+        assert_same_networks(average.module, plain.module)
+    assert not torch.equal(average.module.state_dict()["0.weight"], model[0].weight)
+    assert_same_bits(average.eval()(images), plain.eval()(images))
+    saver = CheckpointSaver(scripted, optimizer, model_ema=average, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0)
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=False)["state_dict_ema"]
+    for name, tensor in plain.module.state_dict().items():
+        assert_same_bits(saved[name], tensor, name)
 
 
 def test_tied_weights_and_non_persistent_buffers():
@@ -161,18 +314,42 @@ def test_resuming_from_timms_checkpoints_is_bit_exact(tmp_path):
     assert resumed_ema.step == 8
 
 
-def test_in_timms_tasks():
-    from timm.task import ClassificationTask
+@KINDS
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_timms_tasks(kind, compiled, monkeypatch):
+    """The cases of timm's tests/test_task.py: the task makes the average, evaluates, saves and loads it."""
+    from timm.task import ClassificationTask, task
 
-    task = ClassificationTask(net(), nn.CrossEntropyLoss(), device=torch.device("cpu"))
-    task.trainable_module_ema = ModelEman(task.get_trainable_module(), decay=0.9)
-    for step in (1, 2):
-        train_step(task.get_trainable_module())
-        task.update_ema(step=step)
+    monkeypatch.setattr(task, "ModelEmaV3", kind)
+
+    def make_task(model):
+        task = ClassificationTask(model, nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False)
+        task.setup_ema(decay=0.9)
+        if compiled:
+            task.compile(backend="eager")
+            task.compile_ema(backend="eager")
+        return task
+
+    model, images = net(), torch.randn(2, 3, 6, 6)
+    task = make_task(model)
+    assert task.has_ema()
+    before = task.get_eval_model(ema=True)(images)
+    train_step(model)
+    task.update_ema(step=1)  # copies the model
+    after = task.get_eval_model(ema=True)(images)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, copy.deepcopy(model).eval()(images))
+    expected = model[0].weight.detach().clone()
+    train_step(model)
+    task.update_ema(step=2)
+    expected.lerp_(model[0].weight.detach(), 0.1)
+
     state = task.get_checkpoint_state(ema=True)["state_dict_ema"]
     assert list(state) == list(task.get_checkpoint_state()["state_dict"])
-    task.load_checkpoint_state(copy.deepcopy(state), ema=True)
-    assert task.get_eval_model(ema=True).step == 2
+    torch.testing.assert_close(state["0.weight"], expected)
+    resumed = make_task(net())
+    resumed.load_checkpoint_state(copy.deepcopy(state), ema=True)
+    assert_same_networks(resumed.get_trainable_module(ema=True).module, task.get_trainable_module(ema=True).module)
 
 
 def test_average_stays_in_eval_mode_and_resumes_from_its_state_dict():

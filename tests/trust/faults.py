@@ -365,13 +365,21 @@ FAULTS = [
     # ------------------------------------------------------------ other libraries
     Fault("_average_tensors", "n_averaged.double()", "n_averaged.float()", "test_torch.py"),
     Fault("ModelEman.update", "max(step - 1, 0)", "step", "test_timm.py"),
-    Fault("ModelEman.__init__", "updates=update_after_step + 1", "updates=1", "test_timm.py"),
+    Fault("ModelEman.get_decay", "if since <= 0:", "if since < 0:", "test_timm.py"),
+    Fault(
+        "ModelEman.get_decay",
+        "max(min(warm_up, self.decay), self.min_decay)",
+        "min(warm_up, self.decay)",
+        "test_timm.py",
+    ),
     Fault(
         "update_momentum", "eman_update_(model_ema, model, m,", "eman_update_(model, model_ema, m,", "test_lightly.py"
     ),
     Fault("update_momentum", "model_ema.eval()", "pass", "test_lightly.py"),
     Fault("EMANWeightAveraging.__init__", "CopyFirst(momentum)", "momentum", "test_lightning.py"),
     Fault("EMANWeightAveraging.on_train_batch_end", "if self._stepped:", "if True:", "test_lightning.py"),
+    Fault("EMANWeightAveraging.on_train_batch_end", "found_inf = None", "found_inf", "test_lightning.py"),
+    Fault("EMANWeightAveraging.setup", ", -1", ", 99", "test_lightning.py"),
     Fault(
         "EMANWeightAveraging.on_load_checkpoint",
         'state["n_averaged"]}',

@@ -89,9 +89,11 @@ def run_tests(project: Path, *arguments: str) -> bool:
     return done.returncode == 0
 
 
-def is_seen(project: Path, tests: list[str]) -> bool:
-    parallel = AT_ONCE if not tests or len(tests) > MANY else ()
-    return not run_tests(project, *parallel, *tests) or (bool(tests) and not run_tests(project, NOT_RECORDED))
+def is_seen(project: Path, module: Path, tests: list[str]) -> bool:
+    if not tests:  # all, those of the module's folder first
+        folder = project / "tests" / module.parent.relative_to(project / "eman_kernels")
+        return not run_tests(project, *AT_ONCE, *(str(path) for path in (folder, project / "tests") if path.exists()))
+    return not run_tests(project, *(AT_ONCE if len(tests) > MANY else ()), *tests, NOT_RECORDED)
 
 
 def main(number: int = 20, seed: int = 0) -> int:
@@ -112,7 +114,7 @@ def main(number: int = 20, seed: int = 0) -> int:
             changed = mutate_code(text, get_operator(name)(), occurrence)
             module.write_text(changed)
             tests = choose_tests(data, module, find_statement(text, line))
-            seen = is_seen(project, tests)
+            seen = is_seen(project, module, tests)
             module.write_text(text)
             what = f"{path.relative_to(ROOT)}:{line}:{column} {name.removeprefix('core/')}\n"
             what += "".join(

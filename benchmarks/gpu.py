@@ -1,11 +1,16 @@
-"""`make gpu`: everything that needs a GPU, using the current Python and downloading nothing.
+"""`make gpu`: everything that needs a GPU, in 800 seconds, using the current Python and downloading nothing.
 
-Stages, each under 8 minutes: correct (tests), figures (report), evidence (compute-sanitizer and ncu), variants (kernels
-built with other parameters). Every command has its own time limit and log; a stopped command keeps its output so far.
+The stages run in this order, what is unknown first: kernels (tests of the general kernels and of graphs), modes, step,
+host, figures, growth, profile (Nsight Compute), cpu-teacher, tests (all others); and on request memcheck and variants
+(kernels built with other parameters). Every command has its own time limit and log; a stopped command keeps its output.
+
+Results are on disk after each command. Another call with the same kernels on the same GPU continues with what is
+missing or has failed. Other kernels, or another GPU, get a folder of their own.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import re
@@ -20,10 +25,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
-MODELS = ("wide_resnet28_2", "mobilenet_v3_large", "resnet50", "vit_b_16")
-# All methods except torch.compile, which needs half a minute of compilation per model and dtype.
-METHODS = ("published", "foreach", "timm", "Averaged", "lightning", "ema-pytorch", "torch-ema", "diffusers", "lightly")
-METHODS += ("apex", "eman_kernels")
 METRICS = {
     "gpu__time_duration.sum": "time",
     "dram__bytes_read.sum": "read",
@@ -31,17 +32,32 @@ METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "of peak",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps active",
 }
-# Updates to profile: WideResNet-28-2's and ResNet-50's.
-ONE_UPDATE = """
-import torch, eman_kernels, sys
+PROFILED = """
+import sys, torch
 sys.path.insert(0, "benchmarks")
-from models import pair
-for model in ("wide_resnet28_2", "resnet50"):
-    teacher, student = pair(model, "float32", torch.device(sys.argv[1]))
-    for _ in range(3):
-        eman_kernels.eman_update_(teacher, student, 0.999)
+from general import backends_for, cases_of
+device = torch.device(sys.argv[1])
+with torch.no_grad():
+    for name, case in cases_of(sys.argv[2], device, ("stochastic", "cast")):
+        for label, backend in backends_for(device).items():
+            work = case.work(backend)
+            print(name, label, flush=True)
+            for _ in range(3):
+                case.run(backend, work)
 """
-SUMMARY_LINES = 40
+# What torch sees, and why the cuda backend is not available.
+PROBE = """
+import json, torch
+found = {"device": None, "architecture": "9.0"}
+if torch.cuda.is_available():
+    found["device"] = torch.cuda.get_device_name()
+    found["architecture"] = "{}.{}".format(*torch.cuda.get_device_capability())
+print(json.dumps(found))
+"""
+CHECK = "from eman_kernels import available_backends; print(available_backends()['cuda'] or 'available')"
+BUILD_SECONDS = 120
+ON_REQUEST = ("memcheck", "variants")
+SUMMARY_LINES = 60
 
 
 class Command(NamedTuple):
@@ -53,47 +69,46 @@ class Command(NamedTuple):
 
 
 def stages(python: str, out: Path) -> dict[str, list[Command]]:
-    def tests(*names: str, seconds: int) -> Command:
-        command = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-        files = [f"tests/backends/test_{name}.py" for name in names]
-        return Command(" ".join(names), [*command, *files], seconds, [*command, "--collect-only", *files])
+    """All stages in their order. Without those ON_REQUEST and with the build, their limits add up to 800 s."""
 
-    report = [python, "benchmarks/report.py", "--out", str(out)]
-    variants = [python, "benchmarks/variants.py"]
+    def tests(name: str, seconds: int, *arguments: str) -> Command:
+        command = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *arguments]
+        return Command(name, command, seconds, [*command, "--collect-only"])
+
+    def part(name: str, seconds: int) -> Command:
+        command = [python, "benchmarks/parts.py", name, "--json", str(out / f"{name}.json")]
+        return Command(name, command, seconds, [*command, "--rehearse"])
+
+    backends, graphs = "tests/backends/test_", "graph or capture"
     check = [python, "-m", "eman_kernels"]
-    update = [python, "-c", ONE_UPDATE]
-    ncu = [
-        "ncu",
-        "--kernel-name",
-        "regex:eman_update",
-        "--clock-control",
-        "none",
-        "--csv",
-        "--metrics",
-        ",".join(METRICS),
-    ]
+    profiled = [python, "-c", PROFILED]
+    ncu = ["ncu", "--kernel-name", "regex:eman_update", "--clock-control", "none", "--csv"]
+    ncu += ["--metrics", ",".join(METRICS)]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    variants = [python, "benchmarks/variants.py"]
     return {
-        "correct": [
-            tests("cuda", seconds=120),
-            tests("backends", seconds=90),
-            tests("general", seconds=120),
-            tests("nonfinite", seconds=120),
+        "kernels": [
+            tests("general", 60, f"{backends}general.py"),
+            tests("graphs", 25, f"{backends}cuda.py", "-k", graphs),
         ],
-        "figures": [
-            Command(
-                "report",
-                [*report, "--model", *MODELS, "--method", *METHODS],
-                460,
-                [*report, "--quick", "--device", "cpu", "--model", "wide_resnet28_2", "--method", "published", "eman"],
-            ),
+        "modes": [part("modes", 40)],
+        "step": [part("step-wide-resnet", 70), part("step-resnet50", 120)],
+        "host": [part("host", 30)],
+        "figures": [part("figures", 90)],
+        "growth": [part("growth", 70)],
+        "profile": [
+            Command("ncu", [*ncu, *profiled, "cuda", "resnet50"], 50, [*profiled, "cpu", "wide_resnet28_2"], "ncu")
         ],
-        "evidence": [
-            Command("memcheck", [*memcheck, *check], 180, check, "compute-sanitizer"),
-            Command("ncu", [*ncu, *update, "cuda"], 180, [*update, "cpu"], "ncu"),
+        "cpu-teacher": [part("cpu-teacher", 25)],
+        "tests": [
+            tests("cuda", 25, f"{backends}cuda.py", "-k", f"not ({graphs})"),
+            tests("backends", 25, f"{backends}backends.py"),
+            tests("nonfinite", 25, f"{backends}nonfinite.py"),
+            tests("others", 25, f"{backends}rounding.py", "tests/plan", "tests/update/test_distributed.py"),
         ],
+        "memcheck": [Command("memcheck", [*memcheck, *check], 180, check, "compute-sanitizer")],
         "variants": [
-            Command("variants", [*variants, "--json", str(out / "variants.json")], 300, [*variants, "--rehearse"]),
+            Command("variants", [*variants, "--json", str(out / "variants.json")], 300, [*variants, "--rehearse"])
         ],
     }
 
@@ -121,24 +136,33 @@ def run(command: list[str], log: Path, seconds: float | None, environment: dict[
     return f"ok, {took}" if status == 0 else f"exit status {status}, {took}"
 
 
-def build(python: str, out: Path, environment: dict[str, str]) -> str:
-    """Install the working tree using only installed packages, or build in place (PYTHONPATH finds it then)."""
-    install = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--no-index",
-        "--no-build-isolation",
-        "--no-deps",
-        "--editable",
-        ".",
-        "-v",
-    ]
-    ended = run(install, out / "build.log", 240, environment)
-    if not ended.startswith("ok"):  # for example, a Python whose site-packages is read-only
-        ended = run([python, "setup.py", "build_ext", "--inplace"], out / "build-in-place.log", 240, environment)
-    return ended
+def build(python: str, out: Path, seconds: float | None, environment: dict[str, str]) -> tuple[str, list[str]]:
+    """Install the working tree using only installed packages, or build in place (PYTHONPATH finds it then).
+
+    Returns how it ended, and the errors.
+    """
+    install = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
+    install += ["--editable", ".", "-v"]
+    begin, log = time.monotonic(), out / "build.log"
+    ended = run(install, log, seconds, environment)
+    if not ended.startswith(("ok", "stopped")):  # for example, a Python whose site-packages is read-only
+        left, log = seconds and seconds - (time.monotonic() - begin), out / "build-in-place.log"
+        ended = run([python, "setup.py", "build_ext", "--inplace"], log, left, environment)
+    return ended, [] if ended.startswith("ok") else re.findall(r".*[Ee]rror.*", log.read_text(errors="replace"))
+
+
+def ask(python: str, code: str, environment: dict[str, str]) -> str:
+    """The last line that the code prints; if there is none, the last line of its error."""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return ((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"])[-1]
+
+
+def fingerprint() -> str:
+    """Of the sources of the package and its kernels: results of other kernels must not be mixed with theirs."""
+    found = hashlib.sha256()
+    for file in sorted([*(ROOT / "csrc").glob("*"), *(ROOT / "eman_kernels").rglob("*.py")]):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def key_lines(name: str, log: Path) -> list[str]:
@@ -147,14 +171,12 @@ def key_lines(name: str, log: Path) -> list[str]:
     if name == "ncu":
         return parse_ncu(text)
     patterns = {
-        "report": r"^(?:- .*: met\.|- .*: not met for:|  - .*|written: .*|.*: \w*Error: .*)$",
         "variants": r"^(?:\d+ builds .*|\S+, [\d,]+ elements.*|(?:flat copy|cuda, |triton, |cpu ).*|\d+ s in total)$",
         "memcheck": r"^(?:=+ ERROR SUMMARY.*|self-check.*|=+ .*(?:Invalid|Error).*)$",
     }
-    of_pytest = (
-        r"^(?:FAILED .*|ERROR .*|\d+(?:/\d+)? (?:passed|failed|skipped|deselected|errors?|tests? collected)\b.*)$"
-    )
-    return re.findall(patterns.get(name, of_pytest), text, re.M)
+    of_pytest = r"FAILED .*|ERROR .*|\d+(?:/\d+)? (?:passed|failed|skipped|deselected|errors?|tests? collected)\b.*"
+    of_parts = r"- .*|.*: failed|\w*Error: .*|.* not available: .*"
+    return re.findall(patterns.get(name, rf"^(?:{of_pytest}|{of_parts})$"), text, re.M)
 
 
 def parse_ncu(text: str) -> list[str]:
@@ -177,54 +199,86 @@ def shorten(summary: list[tuple[str, list[str]]]) -> list[str]:
     return lines
 
 
+class Results:
+    """How each command of a folder ended, with the most important lines of its log. Written after each command."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.file = folder / "summary.json"
+        self.commands: dict[str, list[str]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def is_done(self, name: str) -> bool:
+        return self.commands.get(name, [""])[0].startswith("ok")
+
+    def note(self, name: str, ended: str, lines: list[str]) -> None:
+        print("\n".join([f"{name}: {ended}", *lines]), flush=True)
+        self.commands[name] = [ended, *lines]
+        new = self.file.with_suffix(".new")  # if this process is stopped meanwhile, the old file stays
+        new.write_text(json.dumps(self.commands, indent=1) + "\n")
+        os.replace(new, self.file)
+
+    def summarize(self) -> list[str]:
+        lines = shorten([(f"{name}: {ended}", lines) for name, (ended, *lines) in self.commands.items()])
+        (self.folder / "summary.txt").write_text("\n".join(lines) + "\n")
+        return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", nargs="*", metavar="STAGE", help="correct, figures, evidence, variants (default: all)")
+    parser.add_argument("stage", nargs="*", metavar="STAGE", help="default: all except memcheck and variants")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu", help="default: %(default)s")
     parser.add_argument("--no-build", action="store_true", help="use the existing extension")
     parser.add_argument("--rehearse", action="store_true", help="run the part of each command that works without a GPU")
     arguments = parser.parse_args()
-    python, out = sys.executable, arguments.out.resolve()
-    known = stages(python, out)
-    if unknown := set(arguments.stage) - set(known):
+    python, rehearse = sys.executable, arguments.rehearse
+    if unknown := set(arguments.stage) - set(known := stages(python, arguments.out)):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     environment |= {"PYTHONUNBUFFERED": "1"}
-    summary, failed = [], False
-
-    def note(head: str, found: list[str]) -> None:
-        print("\n".join([head, *found]), flush=True)
-        summary.append((head, found))
-
-    if not arguments.no_build:
-        ended = build(python, out, environment)
-        note(f"build: {ended}", [] if ended.startswith("ok") else ["using the existing extension, if any"])
-    run([python, "-m", "eman_kernels"], out / "environment.log", 120, environment)
-    print((out / "environment.log").read_text(), flush=True)
-    sees = subprocess.run(
-        [python, "-c", "import torch; print(torch.cuda.is_available())"], capture_output=True, text=True, cwd=ROOT
-    )
-    if "True" not in sees.stdout and not arguments.rehearse:
+    found = ask(python, PROBE, environment)
+    if not found.startswith("{"):
+        print(f"torch cannot be imported: {found}")
+        return 1
+    device, architecture = json.loads(found).values()
+    if device is None and not rehearse:
         print("torch does not see a CUDA GPU (--rehearse runs the parts that work without one)")
         return 1
-    for stage in arguments.stage or known:
-        for command in known[stage]:
-            name = f"{stage}, {command.name}"
-            if command.needs and not shutil.which(command.needs) and not arguments.rehearse:
-                note(f"{name}: skipped: no {command.needs} on PATH", [])
-                continue
-            log = out / f"{stage}-{command.name.replace(' ', '-')}.log"
-            what = command.rehearsal if arguments.rehearse else command.run
-            # A rehearsal shows that the commands work; how long they take there does not matter.
-            limit = None if arguments.rehearse else command.seconds
-            ended = run(what, log, limit, environment)
-            failed |= not ended.startswith("ok")
-            note(f"{name}: {ended}", key_lines(command.name, log))
-    lines = shorten(summary)
-    (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    (out / "summary.json").write_text(json.dumps([{"command": head, "findings": found} for head, found in summary]))
-    print("\n" + "\n".join(["summary", *lines][:SUMMARY_LINES]))
+    folder = "rehearsal" if rehearse else re.sub(r"\W+", "-", device.lower())
+    results = Results(arguments.out.resolve() / f"{folder}-{fingerprint()}")
+    out = results.folder
+    print(f"results: {out}", flush=True)
+
+    def why_no_cuda() -> str | None:
+        answer = "available" if rehearse else ask(python, CHECK, environment)
+        return None if answer == "available" else answer
+
+    if not arguments.no_build and (not results.is_done("build") or why_no_cuda()):
+        # For this device only: all architectures take several times as long.
+        for_this_device = {"TORCH_CUDA_ARCH_LIST": architecture} | environment
+        results.note("build", *build(python, out, None if rehearse else BUILD_SECONDS, for_this_device))
+    run([python, "-m", "eman_kernels"], out / "environment.log", 60, environment)
+    print((out / "environment.log").read_text(), flush=True)
+    if reason := why_no_cuda():
+        print(f"the cuda backend is not available: {reason}\nno stage was run; the logs are in {out}")
+        return 1
+    chosen = arguments.stage or [stage for stage in known if stage not in ON_REQUEST]
+    commands = {f"{stage}, {command.name}": command for stage in chosen for command in stages(python, out)[stage]}
+    failed = False
+    for name, command in commands.items():
+        if results.is_done(name):
+            print(f"{name}: {results.commands[name][0]} in an earlier call", flush=True)
+            continue
+        if command.needs and not shutil.which(command.needs) and not rehearse:
+            results.note(name, f"skipped: no {command.needs} on PATH", [])
+            continue
+        log = out / f"{name.replace(', ', '-')}.log"
+        what = command.rehearsal if rehearse else command.run
+        # A rehearsal shows that the commands work; how long they take there does not matter.
+        limit = None if rehearse else command.seconds
+        results.note(name, run(what, log, limit, environment), key_lines(command.name, log))
+        failed |= not results.is_done(name)
+    print("\n" + "\n".join(["summary", *results.summarize()]))
     return int(failed)
 
 

@@ -148,8 +148,12 @@ def growth_curves(rows: list[dict]) -> Figure:
     return figure
 
 
+def fixmatch_steps(rows: list[dict]) -> list[dict]:
+    return [row for row in of_kind(rows, "step") if row.get("model") == "wide_resnet28_2" and row.get("median_ms")]
+
+
 def step_bars(rows: list[dict]) -> Figure:
-    found = [row for row in of_kind(rows, "step") if not row.get("why_not")][::-1]
+    found = fixmatch_steps(rows)[::-1]
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(found):
@@ -231,7 +235,7 @@ def draw(rows: list[dict], stem: Path) -> list[Path]:
     figures = {dtype: bars(rows, dtype, threads) for dtype in dict.fromkeys(key[1] for key in keys)}
     if of_kind(rows, "elements") and of_kind(rows, "tensors"):
         figures["growth"] = growth_curves(rows)
-    if any(row.get("median_ms") for row in of_kind(rows, "step")):
+    if fixmatch_steps(rows):
         figures["step"] = step_bars(rows)
     paths = []
     for name, figure in figures.items():

@@ -21,7 +21,7 @@ from counts import SIZES, host_instructions, why_not_callgrind
 from growth import growth, measure_host_overhead, measure_teacher_overhead
 from models import DTYPES, MODELS, pair
 from peers import peers
-from step import training_steps
+from step import STEPS, training_steps
 from tables import (
     embed,
     groups,
@@ -120,8 +120,9 @@ def parts_of(device: torch.device, given: argparse.Namespace) -> Iterator[tuple[
     torch.set_num_threads(threads)
     found = methods_for(device, "float32")
     yield from growth(device, found, 300_000 if quick else 10**9, rounds)
-    labelled = 64 if device.type == "cuda" else 1 if quick else 8
-    yield "training steps", partial(training_steps, device, 2 if quick else 12, labelled)
+    for model in STEPS if device.type == "cuda" else ["wide_resnet28_2"]:
+        labelled = STEPS[model].labelled if device.type == "cuda" else 1 if quick else 8
+        yield f"training steps, {model}", partial(training_steps, model, device, 2 if quick else 12, labelled)
     left_out = [{"kind": "instructions", "why_not": "skipped in the quick run"}]
     yield "instructions", (lambda: left_out) if quick else instruction_rows
 

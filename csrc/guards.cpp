@@ -6,6 +6,10 @@
 // the first difference it stops, and a new plan has to be made. Otherwise it returns the tensors that it found, which
 // are the ones to update.
 //
+// Of a tensor the words are read from torch's own objects if Python has found where these store them (Torch::Fields):
+// no call is needed then. Other tensors, and tensors of which such a word has changed, are compared by what torch's
+// functions return.
+//
 // A snapshot keeps no module and no tensor alive, and it does not need to: it follows no recorded address of one. All
 // objects are reached from the living networks. So a freed object is never read, and a new object at the address of a
 // freed one is compared like any other.
@@ -51,10 +55,20 @@ struct Torch {
   size_t offset;                 // of the at::Tensor within its Python object
   size_t keys_offset;            // of the dispatch keys within a TensorImpl, or 0 if it is not known
   void (*bump_version)(Handle);  // torch::autograd::impl::bump_version(const at::Tensor&), or null
+
+  // Where a TensorImpl and its StorageImpl store what the functions above return for a tensor of up to kInlineDims
+  // dimensions: byte offsets that Python found. If it did not, all are 0 and the functions are called every time.
+  static constexpr int kInlineDims = 5;
+  struct Fields {
+    size_t storage;      // address of the StorageImpl
+    size_t dim, sizes;   // the strides follow the sizes of kInlineDims dimensions
+    size_t first, last;  // from the number of the first element to the dispatch keys, with dtype, device and layout
+    size_t data;         // in the StorageImpl: the address of the memory, then who frees it
+  } fields;
 } torch;
 
 void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::type tensor, py::type parameter,
-               size_t offset, size_t keys_offset, uint64_t bump_version) {
+               size_t offset, size_t keys_offset, uint64_t bump_version, const std::array<size_t, 6>& fields) {
   const auto set = [&](auto& getter, int i) {
     getter = reinterpret_cast<std::decay_t<decltype(getter)>>(functions[i]);
   };
@@ -71,6 +85,7 @@ void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::ty
   torch.offset = offset;
   torch.keys_offset = keys_offset;
   torch.bump_version = reinterpret_cast<decltype(torch.bump_version)>(bump_version);
+  torch.fields = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
 }
 
 // Increments the version counters of some of the tensors, by which autograd notices writes. numbers: the address of n
@@ -104,7 +119,12 @@ struct Snapshot {
   std::vector<py::weakref> type_refs;  // to the same types: after a class is freed, another can have its address
   std::vector<size_t> opaque;          // the indices of tensors whose memory must be checked in Python
   size_t n_tensors = 0;
-  // The cache lines that a walk reads, and for each module and tensor where its lines end in this list.
+  // What torch's functions return for each tensor, and where its words begin in this list: read only if one of its
+  // fields has changed.
+  std::vector<uint64_t> described;
+  std::vector<size_t> described_at;
+  // The cache lines that a walk reads, and for each module and tensor where its lines end in this list. As many more
+  // entries as a walk prefetches ahead follow.
   std::vector<uint64_t> lines;
   std::vector<size_t> lines_end;
 };
@@ -115,14 +135,21 @@ template <bool kRecords>
 class Walk {
  public:
   explicit Walk(Snapshot& seen)
-      : snapshot_(seen), next_(seen.words.data()), line_(seen.lines.data()), found_(kRecords ? 0 : seen.n_tensors) {}
+      : snapshot_(seen),
+        recorded_words_(&seen.words),
+        next_(seen.words.data()),
+        line_(seen.lines.data()),
+        found_(kRecords ? 0 : seen.n_tensors) {}
 
   bool over(const Roots& roots) {
     if (!same(roots.size())) return false;
     for (const auto& root : roots) {
       if (!(PyList_CheckExact(root.ptr()) ? list(root.ptr()) : module(root.ptr()))) return false;
     }
-    if (kRecords) snapshot_.n_tensors = n_found_;
+    if (kRecords) {
+      snapshot_.n_tensors = n_found_;
+      snapshot_.lines_end.insert(snapshot_.lines_end.end(), kAhead, snapshot_.lines.size());
+    }
     return true;
   }
 
@@ -131,7 +158,7 @@ class Walk {
  private:
   // Every word goes through here, in both modes.
   bool same(uint64_t word) {
-    if (kRecords) snapshot_.words.push_back(word);
+    if (kRecords) recorded_words_->push_back(word);
     return kRecords || *next_++ == word;
   }
 
@@ -226,30 +253,103 @@ class Walk {
   bool tensor(PyObject* tensor) {
     PyTypeObject* type = Py_TYPE(tensor);
     if (!same_type(type)) return false;
-    if (!kRecords) prefetch();
     const char* object = reinterpret_cast<char*>(tensor);
     const void* handle = object + torch.offset;
+    bool holds;
+    if (kRecords) {
+      if (!PyType_IsSubtype(type, torch.plain[0])) return false;
+      PyList_Append(found_.ptr(), tensor);
+      record_lines(object, 48);
+      snapshot_.described_at.push_back(snapshot_.described.size());
+      recorded_words_ = &snapshot_.described;
+      n_dims_ = kOpaque;
+      holds = described(type, handle);
+      recorded_words_ = &snapshot_.words;
+      record_fields(impl_of(handle));
+      snapshot_.lines_end.push_back(snapshot_.lines.size());
+    } else {
+      prefetch();
+      PyList_SET_ITEM(found_.ptr(), n_found_, Py_NewRef(tensor));
+      holds = same_fields(impl_of(handle)) || described_as_before(type, handle);
+    }
+    ++n_found_;
+    return holds;
+  }
+
+  static const char* impl_of(Torch::Handle handle) { return *static_cast<const char* const*>(handle); }
+
+  static uint64_t read_word(const char* at) {
+    uint64_t word;
+    std::memcpy(&word, at, sizeof word);
+    return word;
+  }
+
+  // Calls visit with each word of a TensorImpl and its StorageImpl that determines what torch's functions return.
+  template <typename Visit>
+  static void visit_fields(const char* impl, const char* storage, uint64_t n_dims, Visit visit) {
+    const auto& at = torch.fields;
+    visit(read_word(impl + at.dim));
+    for (uint64_t i = 0; i < n_dims; ++i) {
+      visit(read_word(impl + at.sizes + 8 * i));
+      visit(read_word(impl + at.sizes + 8 * (Torch::kInlineDims + i)));
+    }
+    for (size_t offset = at.first; offset <= at.last; offset += 8) visit(read_word(impl + offset));
+    for (size_t i = 0; i < 3; ++i) visit(read_word(storage + at.data + 8 * i));
+  }
+  static uint64_t count_fields(uint64_t n_dims) {
+    return 1 + 2 * n_dims + (torch.fields.last - torch.fields.first) / 8 + 1 + 3;
+  }
+
+  void record_fields(const char* impl) {
+    const auto& at = torch.fields;
+    const uint64_t storage = at.dim == 0 || n_dims_ > Torch::kInlineDims ? 0 : read_word(impl + at.storage);
+    if (storage == 0) {
+      same(kNoFields);
+      if (n_dims_ != kOpaque) record_impl_lines(impl);
+      return;
+    }
+    const char* memory = reinterpret_cast<const char*>(storage);
+    same(n_dims_);
+    same(storage);
+    visit_fields(impl, memory, n_dims_, [&](uint64_t word) { same(word); });
+    record_lines(impl + at.storage, at.last + 8 - at.storage);
+    record_lines(memory + at.data, 24);
+  }
+
+  // Whether the fields of a tensor are those that were recorded: then torch's functions would return the same too. The
+  // storage is read only if it is the recorded one, which the tensor keeps alive.
+  bool same_fields(const char* impl) {
+    const uint64_t n_dims = *next_++;
+    if (n_dims == kNoFields) return false;
+    const uint64_t* recorded = next_;
+    next_ += 1 + count_fields(n_dims);
+    const uint64_t storage = read_word(impl + torch.fields.storage);
+    if (storage != *recorded++) return false;
+    uint64_t different = 0;
+    visit_fields(impl, reinterpret_cast<const char*>(storage), n_dims,
+                 [&](uint64_t word) { different |= word ^ *recorded++; });
+    return different == 0;
+  }
+
+  // Whether torch's functions return what they returned then.
+  bool described_as_before(PyTypeObject* type, Torch::Handle handle) {
+    const uint64_t* after = next_;
+    next_ = snapshot_.described.data() + snapshot_.described_at[n_found_];
+    const bool holds = described(type, handle);
+    next_ = after;
+    return holds;
+  }
+
+  bool described(PyTypeObject* type, Torch::Handle handle) {
     bool opaque = type != torch.plain[0] && type != torch.plain[1];
     if (!opaque) {
       int32_t layout;
       if (torch.layout(handle, &layout) != 0 || !same(layout)) return false;
       opaque = layout != torch.strided;
     }
-    if (kRecords) {
-      if (!PyType_IsSubtype(type, torch.plain[0])) return false;
-      record_lines(object, 48);
-      if (opaque) {
-        snapshot_.opaque.push_back(n_found_);
-      } else {
-        record_impl_lines(*static_cast<const char* const*>(handle));
-      }
-      snapshot_.lines_end.push_back(snapshot_.lines.size());
-      PyList_Append(found_.ptr(), tensor);
-    } else {
-      PyList_SET_ITEM(found_.ptr(), n_found_, Py_NewRef(tensor));
-    }
-    ++n_found_;
-    return opaque || strided(handle);
+    if (!opaque) return strided(handle);
+    if (kRecords) snapshot_.opaque.push_back(n_found_);
+    return true;
   }
 
   bool strided(Torch::Handle handle) {
@@ -268,6 +368,7 @@ class Walk {
     }
     bool holds = same(keys) && same(address(data)) && same(dtype) && same(type) && same(index) && same(dim);
     for (int64_t i = 0; holds && i < dim; ++i) holds = same(sizes[i]) && same(strides[i]);
+    if (kRecords) n_dims_ = dim;
     return holds;
   }
 
@@ -304,14 +405,20 @@ class Walk {
   // Prefetching some modules and tensors ahead lets these waits overlap. Prefetches are hints, which cannot fail: a
   // line may be unmapped by now.
   void prefetch() {
-    constexpr size_t kAhead = 8;  // modules and tensors
-    const uint64_t* end =
-        snapshot_.lines.data() + snapshot_.lines_end[std::min(item_++ + kAhead, snapshot_.lines_end.size() - 1)];
+    const uint64_t* end = snapshot_.lines.data() + snapshot_.lines_end[item_++ + kAhead];
+#pragma GCC unroll 8
     for (; line_ < end; ++line_) __builtin_prefetch(reinterpret_cast<const void*>(*line_));
   }
 
+  static constexpr size_t kAhead = 8;  // modules and tensors
+  // In place of a number of dimensions: a tensor that torch's functions do not describe, and one without fields.
+  static constexpr int64_t kOpaque = 1 << 16;
+  static constexpr uint64_t kNoFields = kOpaque;
+
   Snapshot& snapshot_;
+  std::vector<uint64_t>* recorded_words_;
   const uint64_t *next_, *line_;
+  int64_t n_dims_ = kOpaque;  // of the tensor that is being recorded
   py::list found_;
   size_t n_found_ = 0, item_ = 0;
   std::unordered_set<uint64_t> recorded_;  // the lines in snapshot_.lines
@@ -346,7 +453,7 @@ class Guards {
 
 void bind_guards(py::module_& m) {
   m.def("use_torch", &use_torch, py::arg("functions"), py::arg("strided"), py::arg("tensor"), py::arg("parameter"),
-        py::arg("offset"), py::arg("keys_offset"), py::arg("bump_version"));
+        py::arg("offset"), py::arg("keys_offset"), py::arg("bump_version"), py::arg("fields"));
   m.def("bump_versions", &bump_versions, py::arg("tensors"), py::arg("numbers"), py::arg("n"));
   py::class_<Guards>(m, "Guards")
       .def(py::init<const Roots&>(), py::arg("roots"))

@@ -4,15 +4,19 @@ A plan depends on which tensors the networks hold, under which names, in modules
 shape, strides, dtype and device of each tensor. All of it is compared immediately before each update. So a plan is
 never run with stale addresses, whatever happened in between, and does not need to keep any tensor alive.
 
-The comparison is one loop in C++ (csrc/guards.cpp). The same loop in Python takes its place if there is no extension,
-if this torch does not have the C interface that the extension reads, or if a module does not store its tensors in the
-dicts of torch.nn.Module.
+The comparison is one loop in C++ (csrc/guards.cpp). It reads torch's own objects, where a search at import has found
+each field by its value, and calls torch's C interface otherwise. The same loop in Python takes its place if there is no
+extension, if this torch does not have the C interface that the extension reads, or if a module does not store its
+tensors in the dicts of torch.nn.Module.
 """
 
 import ctypes
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import or_
+from typing import Any
 from weakref import ref
 
 import torch
@@ -30,6 +34,8 @@ _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 
 # The search for the dispatch keys in a TensorImpl ends here. They are its last field, at byte 168 in torch 2.14.
 _MAX_IMPL_BYTES = 192
+_MAX_STORAGE_BYTES = 64  # the same for the memory's size in a StorageImpl, which is at byte 48
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 
 Roots = Sequence[nn.Module | list[Tensor]]
 
@@ -156,7 +162,7 @@ def _compile_guards(roots: Roots) -> object | None:
 
 def _connect_extension() -> bool:
     """Tell the extension where torch's C interface is, where a Python tensor stores the address of its TensorImpl, and
-    where that stores its dispatch keys.
+    where that stores its dispatch keys and other fields.
 
     Returns whether the first two were found. Nothing is assumed of torch's layout: an offset is used only if it fits
     several tensors with different words.
@@ -174,12 +180,54 @@ def _connect_extension() -> bool:
     offset = _find_offset({id(tensor): tensor._cdata for tensor in tensors}, Tensor.__basicsize__)
     if offset is None:
         return False
-    keys = {tensor._cdata: torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors}
-    keys_offset = _find_offset(keys, _MAX_IMPL_BYTES) or 0
+    keys_offset = _find_keys_offset(tensors)
     addresses = [_address_of(function) for function in functions]
     bump = _address_of(getattr(library, _BUMP_VERSION, None))
-    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, keys_offset, bump)
+    fields = _find_fields(keys_offset)
+    extension.C.use_torch(addresses, strided, Tensor, nn.Parameter, offset, keys_offset, bump, fields)
     return True
+
+
+def _find_keys_offset(tensors: Sequence[Tensor]) -> int:
+    """Where a TensorImpl stores its dispatch keys; 0 if it was not found."""
+    return _find_offset({t._cdata: torch._C._dispatch_keys(t).raw_repr() for t in tensors}, _MAX_IMPL_BYTES) or 0
+
+
+def _find_fields(keys_offset: int) -> list[int]:
+    """Where a TensorImpl and its StorageImpl store all that the guards compare of a tensor with up to 5 dimensions.
+
+    Each field is found by its value in tensors of different shape, strides, dtype, offset and memory.
+
+    Returns offsets in bytes: of the StorageImpl's address, of the number of dimensions, of the sizes (the strides
+    follow), of the number of the first element, of the dispatch keys, and of the memory's address in the StorageImpl.
+    All zeros if a field is not found, or not in this order.
+    """
+    a = torch.empty(64).as_strided((1, 2, 3, 1, 2), (7, 11, 5, 13, 3), 4)
+    b = torch.empty(80, dtype=torch.float64).as_strided((2, 1, 1, 3, 4), (1, 17, 19, 6, 2), 9)
+
+    def find(of: Sequence[Any], word: Callable[[Any], int], size: int = keys_offset) -> int:
+        return _find_offset({each._cdata: word(each) for each in of}, size) or 0
+
+    storages = [a.untyped_storage(), b.untyped_storage()]
+    storage = find([a, b], lambda tensor: tensor.untyped_storage()._cdata)
+    data = find(storages, lambda storage: storage.data_ptr(), _MAX_STORAGE_BYTES)
+    n_bytes = find(storages, lambda storage: storage.nbytes(), _MAX_STORAGE_BYTES)
+    dim = find([a, torch.empty(3), torch.empty(2, 2)], Tensor.dim)
+    sizes = [find([a, b], lambda tensor, i=i: tensor.size(i)) for i in range(5)]
+    strides = [find([a, b], lambda tensor, i=i: tensor.stride(i)) for i in range(5)]
+    first = find([a, b], Tensor.storage_offset)
+    in_order = sizes + strides == list(range(sizes[0], sizes[0] + 80, 8)) and strides[4] < first < keys_offset
+    # What frees the memory is between its address and its size: lazy clones share memory and differ in it.
+    if not (storage and dim and in_order and data and data + 24 <= n_bytes):
+        return [0] * 6
+    # The dtype is a code that only torch knows: different ones must differ in bits that are the same for equal ones.
+    tensors = [[torch.empty(1, dtype=dtype) for _ in range(4)] for dtype in _DTYPES]
+    size = keys_offset + 8 - first
+    read = [[int.from_bytes(ctypes.string_at(t._cdata + first, size), "little") for t in its] for its in tensors]
+    unset = reduce(or_, (word ^ words[0] for words in read for word in words))  # bits that torch does not set
+    if len({words[0] & ~unset for words in read}) < len(_DTYPES):
+        return [0] * 6
+    return [storage, dim, sizes[0], first, keys_offset, data]
 
 
 def _find_offset(words: dict[int, int], size: int) -> int | None:

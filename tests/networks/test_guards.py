@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import weakref
+from array import array
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def set_storage(net):
         net.conv.weight.set_(torch.randn(4, 4, 3, 3, dtype=net.conv.weight.dtype))
 
 
+def resize_storage(net):
+    """The tensors and their storages stay the same objects, and the memory moves."""
+    for tensor in (net.conv.weight, net.scale):
+        storage, before = tensor.untyped_storage(), tensor.data_ptr()
+        storage.resize_(2 * storage.nbytes())
+        assert tensor.data_ptr() != before
+
+
 def transpose_data(net):
     net.inner[0].weight.data = net.inner[0].weight.data.t()
 
@@ -239,9 +248,9 @@ def another_class(net):
 CHANGES = [
     replace_layer, delete_and_make_a_layer, reset_layer, update_dict, replace_modules_dict, replace_parameters_dict,
     exchange_names, exchange_parameters, exchange_square_parameters, load_assign, set_data, set_data_twice, set_storage,
-    transpose_data, transpose_buffer, transpose_in_place, negate_lazily, another_dtype, to_double, to_half_and_back,
-    to_channels_last, replace_buffer, replace_counter_by_an_equal_one, tie, swap_tensors, swap_in_the_module,
-    move_by_swapping, requires_grad, wrap, another_class,
+    resize_storage, transpose_data, transpose_buffer, transpose_in_place, negate_lazily, another_dtype, to_double,
+    to_half_and_back, to_channels_last, replace_buffer, replace_counter_by_an_equal_one, tie, swap_tensors,
+    swap_in_the_module, move_by_swapping, requires_grad, wrap, another_class,
 ]  # fmt: skip
 
 
@@ -425,6 +434,29 @@ def test_another_dtype_at_the_address():
     ema_update_([teacher], [student], 0.5)
     teacher.data, student.data = teacher.data.view(torch.float16), student.data.view(torch.float16)
     assert_lists_follow([teacher], [student])
+
+
+@both_walks
+def test_dimensions_that_a_tensor_stores_outside_of_itself():
+    """From the sixth on. None of the tensor's own words changes, and neither does its contiguity."""
+    teacher, student = (torch.randn(2, 2, 2, 2, 2, 2).transpose_(0, 5) for _ in range(2))
+    assert_lists_follow([teacher], [student])
+    student.transpose_(0, 5).transpose_(1, 4)
+    assert_lists_follow([teacher], [student])
+
+
+@both_walks
+def test_a_lazy_clone_of_a_teacher_keeps_its_values():
+    """It shares the teacher's memory until one of them is written."""
+    if not hasattr(torch, "_lazy_clone"):
+        pytest.skip("this torch has no lazy clones")
+    teacher, student = (nn.Linear(3, 3).requires_grad_(False) for _ in range(2))
+    eman_update_(teacher, student, 0.5)
+    before = teacher.weight.clone()
+    clone = torch._lazy_clone(teacher.weight)
+    eman_update_(teacher, student, 0.5)
+    assert_same_bits(clone, before)
+    assert_same_bits(teacher.weight, lerp(before, student.weight, 0.5))
 
 
 @both_walks
@@ -803,6 +835,51 @@ def test_any_sequence_of_changes_of_lists(changes):
             if who in (name, "both") or change in BOTH_SIDES:
                 lists[name] = change(lists[name])
         assert_lists_follow(*lists.values())
+
+
+needs_torch = pytest.mark.skipif(
+    not guards._extension_reads_torch,
+    reason="the extension is not built, or this torch lacks the interface that its guards read",
+)
+
+
+@needs_torch
+def test_the_fields_of_a_tensor_are_found():
+    tensor = torch.empty(48, dtype=torch.int32)[8:].view(1, 2, 4, 5)
+    storage, dim, sizes, first, last, data = guards._find_fields(guards._find_keys_offset([tensor]))
+
+    def words(address, offset, n):
+        return array("Q", ctypes.string_at(address + offset, 8 * n)).tolist()
+
+    assert words(tensor._cdata, dim, 1) == [4]
+    assert words(tensor._cdata, sizes, 4) == [1, 2, 4, 5]
+    assert words(tensor._cdata, sizes + 5 * 8, 4) == [40, 20, 5, 1]
+    assert words(tensor._cdata, first, 1) == [8]
+    assert words(tensor._cdata, last, 1) == [torch._C._dispatch_keys(tensor).raw_repr()]
+    assert words(tensor._cdata, storage, 1) == [tensor.untyped_storage()._cdata]
+    assert words(tensor.untyped_storage()._cdata, data, 1) == [tensor.data_ptr() - 8 * 4]
+
+
+@pytest.mark.parametrize("keys_offset", [0, 40, 96])
+def test_fields_that_are_not_found_or_in_another_order_are_not_read(keys_offset):
+    assert guards._find_fields(keys_offset) == [0] * 6
+
+
+def test_dtypes_that_the_fields_do_not_distinguish(monkeypatch):
+    monkeypatch.setattr(guards, "_DTYPES", (torch.float32, torch.float32))
+    assert guards._find_fields(guards._find_keys_offset([torch.empty(1)])) == [0] * 6
+
+
+@needs_torch
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_changes_and_the_fields_are_unknown(change, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(guards, "_find_fields", lambda keys_offset: [0] * 6)
+        assert guards._connect_extension()
+    try:
+        test_a_network_changes(change, "both")
+    finally:
+        guards._connect_extension()
 
 
 def test_the_search_for_a_field_reads_nothing_behind_it(monkeypatch):

@@ -52,7 +52,8 @@ void launch(void (*kernel)(Argument), const char* what, int64_t n_pieces, Argume
 }  // namespace
 
 void update_cuda(const Arguments& arguments, int64_t n_pieces, bool general, int device, uint64_t stream) {
-  launch(general ? eman_update_general : eman_update, "the launch of eman_update", n_pieces, arguments, device, stream);
+  const auto kernel = !general ? eman_update : arguments.n_teachers == 1 ? eman_update_general : eman_update_several;
+  launch(kernel, "the launch of eman_update", n_pieces, arguments, device, stream);
 }
 
 void swap_cuda(const Chunk* chunks, int64_t n_chunks, int device, uint64_t stream) {

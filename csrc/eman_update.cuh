@@ -17,9 +17,9 @@ namespace eman {
 #endif
 constexpr int kThreads = EMAN_THREADS;
 // How many pairs of vectors (teacher and student) a thread of the plain kernel loads before it stores the first result.
-// With one, the 8 blocks on an SM have 64 KB of loads in flight. 25 KB are enough to keep the memory of an H200 busy
-// (4.8 TB/s times a latency of 700 ns, divided by 132 SMs). Two take 38 to 43 registers, with which only 5 or 6 blocks
-// fit on an SM. Measured on an H200, two and four gain nothing.
+// With one, the 8 blocks on an SM have 64 KB of loads in flight. CUB's tuning of memory-bound kernels asks for 32 KB on
+// an H100, 48 KB on an H200 and 64 KB on a B200. Two take 38 to 43 registers, with which only 5 or 6 blocks fit on an
+// SM. Measured on an H200, two and four gain nothing.
 constexpr int kInFlight = EMAN_IN_FLIGHT;
 
 struct alignas(16) Words {
@@ -181,75 +181,132 @@ __device__ __forceinline__ void store_copy(uint64_t address, const Elements<floa
   store(address, low.word());
 }
 
-// The general update: several teachers, stochastic rounding, low-precision copies, skipping of NaNs. Returns how many
-// elements were skipped. The student's elements are read once for all teachers. The loads are issued early to hide
-// their latency: the first teacher's together with the student's, and each further teacher's before the previous
-// teacher is computed.
-template <typename Rule>
-__device__ __forceinline__ uint32_t update_piece(const Chunk* records, Rule rule, const Arguments& arguments,
-                                                 const Philox& philox) {
+// The random bits for two vectors of four elements, which are kThreads * 4 elements apart. `number`: the number of the
+// first one's first element (see Chunk::extra). Philox gives the bits of a group of eight elements, which two
+// neighboring lanes have together. So each lane calls it for one of its two vectors only, and passes the half that it
+// does not need to its neighbor. All lanes of a warp must call this.
+__device__ __forceinline__ void draw_in_pairs(const Philox& philox, uint64_t number, Random (&random)[2]) {
+  const auto draw = [&](bool second) { return philox((number + (second ? kThreads * 4 : 0)) / 8); };
+  const bool is_upper = number & 4;  // whether this lane has the upper halves of both groups
+  const Random drawn = draw(is_upper);
+#if defined(__CUDA_ARCH__)
+  const uint32_t low = __shfl_xor_sync(0xFFFFFFFFu, is_upper ? drawn.words[0] : drawn.words[2], 1);
+  const uint32_t high = __shfl_xor_sync(0xFFFFFFFFu, is_upper ? drawn.words[1] : drawn.words[3], 1);
+#else
+  // On the host one thread runs after the other, so this computes what the neighbor would pass.
+  const Random neighbors = draw(!is_upper);
+  const uint32_t low = neighbors.words[is_upper ? 2 : 0], high = neighbors.words[is_upper ? 3 : 1];
+#endif
+  // Half of a group is enough, because Random selects the half by the element's number.
+  const Random passed = {{low, high, low, high}};
+  random[0] = is_upper ? passed : drawn;
+  random[1] = is_upper ? drawn : passed;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kIsTuring = true;
+#else
+constexpr bool kIsTuring = false;
+#endif
+
+// The general update: stochastic rounding, low-precision copies, skipping of NaNs, several teachers. A thread loads two
+// vectors of the student and two of the teacher before it computes the first: the 4 blocks on an SM then have 48 or
+// 64 KB in flight. The student's elements are read once for all teachers. Each further teacher's loads are issued when
+// the previous teacher's values have arrived, before those are computed, so each teacher costs one latency of the
+// memory.
+template <bool kSeveral, typename Rule>
+__device__ __forceinline__ void update_piece(const Chunk* records, const Chunk& first_record, Rule rule,
+                                             const Arguments& arguments) {
   using T = typename Rule::Teacher;
   using S = typename Rule::Student;
-  uint32_t skipped = 0;
+  const int n_teachers = kSeveral ? arguments.n_teachers : 1;
+  const bool stochastic = Rule::kRounds && arguments.stochastic;
   rule.replaces_nonfinite = arguments.skip_nonfinite;
-  const uint64_t first_student = records[0].student, first_teacher = records[0].teacher;
-  for_elements<T, S, 1>(records[0], [&](auto n, auto, uint32_t first) {
-    constexpr int kN = decltype(n)::value;
-    const uint64_t offset = uint64_t{first} * sizeof(T);
-    Elements<S, kN> student;
-    typename Elements<S, kN>::Word student_word;
-    typename Elements<T, kN>::Word teacher_word;
-    load_read_only(student_word, first_student + uint64_t{first} * sizeof(S));
-    load(teacher_word, first_teacher + offset);
-    student.from(student_word);
-    uint32_t kept = 0;  // bit i: element i of the student is not finite, so the teachers keep theirs
+  // With several teachers, only one vector of eight elements fits into the registers, and on sm_75 one of any type.
+  constexpr int kAtOnce = kSeveral && (kIsTuring || (sizeof(T) == 2 && sizeof(S) == 2)) ? 1 : 2;
+  for_elements<T, S, kAtOnce>(first_record, [&](auto n, auto count, uint32_t first) {
+    constexpr int kN = decltype(n)::value, kCount = decltype(count)::value;
+    constexpr uint64_t kApart = uint64_t{kThreads} * kN;
+    typename Elements<S, kN>::Word student_words[kCount];
+    typename Elements<T, kN>::Word teacher_words[kCount];
+    const auto load_teacher = [&](uint64_t address) {
+#pragma unroll
+      for (int v = 0; v < kCount; ++v) load(teacher_words[v], address + (first + v * kApart) * sizeof(T));
+    };
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      load_read_only(student_words[v], first_record.student + (first + v * kApart) * sizeof(S));
+    }
+    load_teacher(first_record.teacher);
+    // As in update_chunk: all loads before the first use.
+    if (kCount > 1) __syncwarp();
+    uint32_t kept = 0;  // bit v * kN + i: element i of vector v is not finite in the student: the teachers keep theirs
     if (arguments.skip_nonfinite) {
 #pragma unroll
-      for (int i = 0; i < kN; ++i) kept |= is_finite(student.at[i]) ? 0u : 1u << i;
-      skipped += __popc(kept);
+      for (int v = 0; v < kCount; ++v) {
+        Elements<S, kN> student;
+        student.from(student_words[v]);
+#pragma unroll
+        for (int i = 0; i < kN; ++i) kept |= is_finite(student.at[i]) ? 0u : 1u << (v * kN + i);
+      }
+      // This is rare, so that summing over the block first would gain nothing.
+      if (kept != 0 && arguments.skipped != nullptr) {
+        atomicAdd(arguments.skipped, static_cast<unsigned long long>(__popc(kept)));
+      }
     }
-    for (int k = 0; k < arguments.n_teachers; ++k) {
-      const Chunk chunk = records[k];
-      Elements<T, kN> was, teacher;
-      was.from(teacher_word);
-      if (k + 1 < arguments.n_teachers) load(teacher_word, records[k + 1].teacher + offset);
+#pragma unroll 1
+    for (int k = 0; k < n_teachers; ++k) {
+      const Chunk chunk = kSeveral ? records[k] : first_record;
+      Elements<T, kN> was[kCount];
+#pragma unroll
+      for (int v = 0; v < kCount; ++v) was[v].from(teacher_words[v]);
+      if (k + 1 < n_teachers) load_teacher(records[k + 1].teacher);
       rule.weight = arguments.weight(k);
-      if (chunk.flags & kCopied) {
+      // Read here and not at the beginning, where it would take registers.
+      const Philox philox = stochastic ? arguments.random() : Philox{};
+      const uint64_t number = chunk.extra + first;
+      Random in_pairs[2];
+      constexpr bool kInPairs = kN == 4 && kCount == 2;
+      if (kInPairs && stochastic) draw_in_pairs(philox, number, in_pairs);
 #pragma unroll
-        for (int i = 0; i < kN; ++i) teacher.at[i] = rule.copied(student.at[i]);
-      } else if (rule.is_noop()) {
-        teacher = was;
-      } else if (Rule::kRounds && arguments.stochastic) {
-        const uint64_t number = chunk.extra + first;
-        const Random random = philox(number / 8);
-        // Vectors of 8 or 4 elements begin at multiples of 8 or 4. This form tells the compiler so, which then selects
-        // the words of `random` at compile time as far as possible.
-        const uint32_t from = kN == 8 ? 0 : static_cast<uint32_t>(number) % 8;
+      for (int v = 0; v < kCount; ++v) {
+        Elements<S, kN> student;
+        Elements<T, kN> teacher;
+        student.from(student_words[v]);
+        const auto for_each = [&](auto compute) {
 #pragma unroll
-        for (int i = 0; i < kN; ++i) {
-          teacher.at[i] = rule.stochastic(was.at[i], student.at[i], random[(kN == 4 ? from & 4 : from) + i]);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kN; ++i) teacher.at[i] = rule(was.at[i], student.at[i]);
-      }
-      if (kept != 0) {
-#pragma unroll
-        for (int i = 0; i < kN; ++i) teacher.at[i] = kept >> i & 1u ? was.at[i] : teacher.at[i];
-      }
-      store(chunk.teacher + offset, teacher.word());
-      if constexpr (Rule::kCasts) {
-        const uint64_t copy_address = chunk.extra + uint64_t{first} * sizeof(uint16_t);
-        if (chunk.extra == 0) continue;
-        if (chunk.flags & kCastToHalf) {
-          store_copy<Half>(copy_address, teacher);
+          for (int i = 0; i < kN; ++i) teacher.at[i] = compute(was[v].at[i], student.at[i], i);
+        };
+        if (chunk.flags & kCopied) {
+          for_each([&](T, S s, int) { return rule.copied(s); });
+        } else if (rule.is_noop()) {
+          for_each([&](T t, S, int) { return t; });
+        } else if (stochastic) {
+          const Random random = kInPairs ? in_pairs[v] : philox((number + v * kApart) / 8);
+          // Vectors of 8 or 4 elements begin at multiples of 8 or 4. This form tells the compiler so, which then
+          // selects the words of `random` at compile time as far as possible.
+          const uint32_t from = kN == 8 ? 0 : static_cast<uint32_t>(number) & (kN == 4 ? 4 : 7);
+          for_each([&](T t, S s, int i) { return rule.stochastic(t, s, random[from + i]); });
         } else {
-          store_copy<BFloat16>(copy_address, teacher);
+          for_each([&](T t, S s, int) { return rule(t, s); });
+        }
+        if (kept != 0) {
+          for_each([&](T t, S, int i) { return kept >> (v * kN + i) & 1u ? t : teacher.at[i]; });
+        }
+        const uint64_t at = first + v * kApart;
+        store(chunk.teacher + at * sizeof(T), teacher.word());
+        if constexpr (Rule::kCasts) {
+          const uint64_t copy_address = chunk.extra + at * sizeof(uint16_t);
+          if (chunk.extra == 0) continue;
+          if (chunk.flags & kCastToHalf) {
+            store_copy<Half>(copy_address, teacher);
+          } else {
+            store_copy<BFloat16>(copy_address, teacher);
+          }
         }
       }
     }
   });
-  return skipped;
 }
 
 template <typename U>
@@ -276,19 +333,25 @@ extern "C" __global__ void __launch_bounds__(eman::kThreads)
 }
 
 #if !defined(EMAN_PLAIN_ONLY)
-// At least 4 blocks per SM, which allows 64 registers: no architecture spills then, and 4 blocks keep the memory busy.
+namespace eman {
+template <bool kSeveral>
+__device__ __forceinline__ void update_general(const Arguments& arguments) {
+  if (arguments.is_disabled()) return;
+  const Chunk* records = arguments.chunks + (kSeveral ? int64_t{arguments.n_teachers} : 1) * blockIdx.x;
+  const Chunk first_record = records[0];
+  with_rule(first_record.pair, Weight(),
+            [&](const auto& rule) { update_piece<kSeveral>(records, first_record, rule, arguments); });
+}
+}  // namespace eman
+
+// For one teacher and for several. At least 4 blocks per SM, which allows 64 registers, without spills.
 extern "C" __global__ void __launch_bounds__(eman::kThreads, 1024 / eman::kThreads)
     eman_update_general(const __grid_constant__ eman::Arguments arguments) {
-  using namespace eman;
-  if (arguments.is_disabled()) return;
-  const Chunk* records = arguments.chunks + int64_t{arguments.n_teachers} * blockIdx.x;
-  const Philox philox = arguments.random();
-  uint32_t skipped = 0;
-  with_rule(records[0].pair, Weight(),
-            [&](const auto& rule) { skipped = update_piece(records, rule, arguments, philox); });
-  // This is rare, so that summing over the block first would gain nothing.
-  if (skipped != 0 && arguments.skipped != nullptr)
-    atomicAdd(arguments.skipped, static_cast<unsigned long long>(skipped));
+  eman::update_general<false>(arguments);
+}
+extern "C" __global__ void __launch_bounds__(eman::kThreads, 1024 / eman::kThreads)
+    eman_update_several(const __grid_constant__ eman::Arguments arguments) {
+  eman::update_general<true>(arguments);
 }
 
 extern "C" __global__ void __launch_bounds__(eman::kThreads) eman_swap(const eman::Chunk* chunks) {

@@ -76,7 +76,7 @@ def test_compiles_for_every_architecture_without_spills_or_a_stack_frame(cubins)
     assert {75, 80, 90} <= set(cubins)
     registers = {}
     for arch, (report, _) in cubins.items():
-        assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 3, report
+        assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 4, report
         for kernel, used in re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", report, re.S):
             registers.setdefault(kernel, {})[arch] = int(used)
     print("registers:", registers)
@@ -84,10 +84,11 @@ def test_compiles_for_every_architecture_without_spills_or_a_stack_frame(cubins)
     assert all(registers["eman_update"][arch] <= 32 for arch in (80, 90, 100))
     assert max(registers["eman_update"].values()) <= 40
     assert max(registers["eman_update_general"].values()) <= 64
+    assert max(registers["eman_update_several"].values()) <= 64
     assert max(registers["eman_swap"].values()) <= 64
 
 
-@pytest.mark.parametrize("kernel", ["eman_update", "eman_update_general", "eman_swap"])
+@pytest.mark.parametrize("kernel", ["eman_update", "eman_update_general", "eman_update_several", "eman_swap"])
 @pytest.mark.parametrize("arch", [75, 80, 90, 100, 120])
 def test_accesses_are_global_and_16_bytes_wide(cubins, arch, kernel):
     sass = call(tool("cuobjdump"), "-sass", "-fun", kernel, cubins[arch][1]).stdout
@@ -252,7 +253,7 @@ def run_from(wheel, folder, module, *arguments):
 def test_an_sdist_builds_a_small_wheel_in_an_isolated_environment(sdist, tmp_path):
     """Without torch: only the build requirements are installed."""
     wheel, lines = wheel_of(sdist, tmp_path)
-    assert wheel.stat().st_size < 5_000_000
+    assert wheel.stat().st_size < 2_000_000
     assert wheel.name.startswith(f"eman_kernels-{eman_kernels.__version__}-")
     names = zipfile.ZipFile(wheel).namelist()
     assert "eman_kernels/py.typed" in names

@@ -54,16 +54,16 @@ struct Tensor {
 // argv[1]:
 //   cuda, cpu                  the plain kernels
 //   cuda-double, cuda-float    the same, with the momentum read from memory
-//   cuda-general, cpu-general  two teachers with equal values, stochastic rounding, NaNs skipped, and bfloat16 copies
-//   of
-//                              float teachers
+//   cuda-general, cpu-general  one teacher, stochastic rounding, NaNs skipped, and bfloat16 copies of float teachers
+//   cuda-several, cpu-several  the same, with three teachers of equal values
+//   ...-nearest                the same, rounded to nearest, and NaNs are not skipped
 //   cuda-swap, cpu-swap        the exchange
 int main(int, char** argv) {
   const std::string kernel = argv[1];
   const auto is = [&](const char* what) { return kernel.find(what) != std::string::npos; };
-  const bool general = is("general"), swap = is("swap");
-  const int n_teachers = general ? 2 : 1;
-  double momenta[2] = {0, 0.25};
+  const bool several = is("several"), general = several || is("general"), swap = is("swap");
+  const int n_teachers = several ? 3 : 1;
+  double momenta[3] = {0, 0.25, 1};
   uint32_t count;
   read(momenta, 1);
   read(&count, 1);
@@ -108,7 +108,7 @@ int main(int, char** argv) {
   arguments.chunks = table.data();
   arguments.n_teachers = n_teachers;
   for (int k = 0; k < n_teachers; ++k) arguments.weights[k] = eman::Weight(momenta[k]);
-  arguments.stochastic = arguments.skip_nonfinite = true;
+  arguments.stochastic = arguments.skip_nonfinite = !is("nearest");
   arguments.philox = {1, is("cuda") ? 0u : 2u};
   arguments.skipped = &skipped;
   if (is("cuda")) arguments.step = &step;
@@ -130,6 +130,8 @@ int main(int, char** argv) {
       for (threadIdx.x = 0; threadIdx.x < eman::kThreads; ++threadIdx.x) {
         if (swap) {
           eman_swap(table.data());
+        } else if (several) {
+          eman_update_several(arguments);
         } else if (general) {
           eman_update_general(arguments);
         } else {

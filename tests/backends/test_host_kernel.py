@@ -113,10 +113,13 @@ def run(program, kernel, cases, momentum):
 
     teachers = []
     for code, teacher, _, _ in cases:
-        general = "general" in kernel
-        casts = general and code <= 2
+        several = "several" in kernel
+        casts = (several or "general" in kernel) and code <= 2
         teachers.append(
-            [(next_like(teacher), next_like(teacher, torch.bfloat16) if casts else None) for _ in range(1 + general)]
+            [
+                (next_like(teacher), next_like(teacher, torch.bfloat16) if casts else None)
+                for _ in range(3 if several else 1)
+            ]
         )
     students = [next_like(student) for _, _, student, _ in cases]
     assert at == len(out) - 8
@@ -192,33 +195,44 @@ def test_a_launch_reports_only_its_own_error(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("kernel", ["cuda-general", "cpu-general"])
-def test_the_general_kernels(host_kernel, kernel):
-    """Two teachers, stochastic rounding, skipped NaNs and low-precision copies give the bits of the reference."""
-    momentum, averages = 0.97, max(PAIR_CODES.values())
-    cases = every_case()
-    teachers, _, n_skipped = run(host_kernel, kernel, cases, momentum)
+@cache
+def general_reference(momenta, nearest):
+    """The reference's teachers with their low-precision copies for every case, and the number of skipped elements."""
     expected, pairs = [], []
-    for i, (code, teacher, student, _) in enumerate(cases):
-        mine = [(teacher.clone(), torch.zeros(teacher.shape, dtype=torch.bfloat16)) for _ in range(2)]
-        expected.append(mine)
-        rule = "ema" if code <= averages else "copy"
+    for i, (code, teacher, student, _) in enumerate(every_case()):
+        mine = [(teacher.clone(), torch.zeros(teacher.shape, dtype=torch.bfloat16)) for _ in momenta]
+        rule = "ema" if code <= max(PAIR_CODES.values()) else "copy"
         if rule == "copy":
             student = student.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[student.itemsize])
-            mine[0], mine[1] = ((t.view(student.dtype), c) for t, c in mine)
+            mine = [(t.view(student.dtype), c) for t, c in mine]
+        expected.append(mine)
         for group, (t, cast) in enumerate(mine):
             cast = cast if code <= 2 else None
             pairs.append(Pair("", t, student, rule, group, cast, first=i * MILLION))
     skipped = torch.zeros((), dtype=torch.int64)
-    work = work_of(pairs, reference, torch.device("cpu"), 2, rounding="stochastic", nonfinite="skip")
-    reference.run(work, Arguments([momentum, 0.25], seed=1, step=2, skipped=skipped), tensors_of(pairs))
-    for case, got, want in zip(cases, teachers, expected, strict=True):
-        for k in range(2):
+    rounding, nonfinite = ("nearest", "propagate") if nearest else ("stochastic", "skip")
+    cpu = torch.device("cpu")
+    work = work_of(pairs, reference, cpu, len(momenta), rounding=rounding, nonfinite=nonfinite)
+    reference.run(work, Arguments(list(momenta), seed=1, step=2, skipped=skipped), tensors_of(pairs))
+    return expected, skipped
+
+
+@pytest.mark.parametrize("nearest", [False, True], ids=["stochastic", "nearest"])
+@pytest.mark.parametrize("kernel", ["cuda-general", "cuda-several", "cpu-general", "cpu-several"])
+def test_the_general_kernels(host_kernel, kernel, nearest):
+    """One or three teachers with low-precision copies give the bits of the reference: rounded stochastically, with NaNs
+    skipped, and rounded to nearest, without."""
+    momenta = (0.97, 0.25, 1.0) if "several" in kernel else (0.97,)
+    teachers, _, n_skipped = run(host_kernel, kernel + "-nearest" * nearest, every_case(), momenta[0])
+    expected, skipped = general_reference(momenta, nearest)
+    for case, got, want in zip(every_case(), teachers, expected, strict=True):
+        for k in range(len(momenta)):
             what = f"{kernel}, teacher {k}, pair {case[0]}, {case[1].numel()} elements, offsets {case[3]}"
             assert_same_bits(got[k][0].view(want[k][0].dtype), want[k][0], what)
             if got[k][1] is not None:
                 assert_same_bits(got[k][1], want[k][1], what)
-    assert n_skipped == skipped > 1000
+    assert n_skipped == skipped
+    assert nearest or skipped > 1000
 
 
 @pytest.mark.parametrize("kernel", ["cuda-swap", "cpu-swap"])
@@ -230,7 +244,9 @@ def test_swap(host_kernel, kernel):
         assert_same_bits(got_student, teacher)
 
 
-@pytest.mark.parametrize("kernel", ["cuda", "cpu", "cuda-general", "cpu-general", "cuda-swap", "cpu-swap"])
+@pytest.mark.parametrize(
+    "kernel", [f"{d}{kind}" for d in ("cuda", "cpu") for kind in ("", "-general", "-several", "-swap")]
+)
 def test_the_sanitizers_detect_an_access_outside_of_a_tensor(sanitized_kernel, kernel):
     """A case that claims one element more than the student has."""
     teacher, student = torch.zeros(1000), torch.ones(1000)

@@ -90,7 +90,7 @@ void run_as_cuda(Kernel kernel, const Arguments& arguments, int64_t n_pieces) {
       if (kernel == kSwap) {
         eman_swap(arguments.chunks);
       } else if (kernel == kGeneral) {
-        eman_update_general(arguments);
+        (arguments.n_teachers == 1 ? eman_update_general : eman_update_several)(arguments);
       } else {
         eman_update(arguments);
       }

@@ -3,13 +3,14 @@
 ``EMANTeacher`` is the teacher as a module, ``EMANTeachers`` are several teachers of one student. ``eman_update_``
 replaces the loop in code that already has a teacher, ``ema_update_`` takes plain lists of tensors. ``swapped``
 evaluates the teacher in the student's place. ``load_ema_checkpoint`` loads averages that other libraries have saved.
+``Snapshots`` stores averages during the training, and ``synthesize`` makes averages of any length from them afterwards.
 ``schedules`` contains momentum as a function of the step, ``Options`` documents the options of all of them, and
 ``available_backends()`` tells which backends this machine supports, and why not the others.
 """
 
 from . import schedules
 from .backends import available_backends
-from .checkpoints import load_ema_checkpoint
+from .checkpoints import Snapshots, load_ema_checkpoint, synthesize
 from .functional import ema_update_, eman_update_, plan_for, swapped
 from .options import Options, Rule
 from .teacher import EMANTeacher, EMANTeachers
@@ -23,6 +24,7 @@ __all__ = [
     "Momentum",
     "Options",
     "Rule",
+    "Snapshots",
     "available_backends",
     "ema_update_",
     "eman_update_",
@@ -31,4 +33,5 @@ __all__ = [
     "plan_for",
     "schedules",
     "swapped",
+    "synthesize",
 ]

@@ -2,6 +2,8 @@
 
 ``python -m eman_kernels bench`` measures the update of a network on this machine. Its loops are those of benchmarks/,
 which measures more implementations, with cold caches.
+
+``python -m eman_kernels synthesize`` makes averages of any length from a folder of snapshots.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from . import __version__, available_backends, eman_update_, plan_for
 from .backends import device_type_of
 from .backends.extension import C, missing
+from .checkpoints.command import add_synthesize_command
 
 
 def compare_to_reference(backend: str) -> str | None:
@@ -273,40 +277,47 @@ def summarize_samples(samples: list[float], form: str) -> str:
     return f"{median:{form}} ({low:{form}} ... {high:{form}})"
 
 
+def add_bench_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand; ``run_bench`` is what it runs."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure the update of a network on this machine",
+        description="Measure one update by the published loop, by torch's foreach and by eman_kernels, within 20 "
+        "seconds.",
+    )
+    parser.add_argument(
+        "--model", default="resnet50", help="a network of torchvision.models, or module:function (default: %(default)s)"
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=default, help="default: %(default)s")
+    parser.set_defaults(run=partial(run_bench, parser))
+
+
+def run_bench(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    """Print what was measured. Returns the exit status; wrong arguments end the process."""
+    if given.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {given.device}: only cpu and cuda are measured")
+    if given.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {given.device}: torch sees no CUDA GPU")
+    warnings.filterwarnings("ignore", message=".*does not move")  # a half-precision network is measured as well
+    try:
+        network = make_network(given.model)
+    except ValueError as error:
+        parser.error(str(error))
+    print(bench(given.model, network, given.device))
+    return 0
+
+
 def run(arguments: Sequence[str]) -> int:
     """The command line. Without arguments, it is the report of ``main``."""
     parser = argparse.ArgumentParser(
         prog="python -m eman_kernels", description="Without a command: versions, backends and a self-check."
     )
-    command = parser.add_subparsers(dest="command").add_parser(
-        "bench", help="measure the update of a network on this machine"
-    )
-    command.description = (
-        "Measure one update by the published loop, by torch's foreach and by eman_kernels, within 20 seconds."
-    )
-    command.add_argument(
-        "--model", default="resnet50", help="a network of torchvision.models, or module:function (default: %(default)s)"
-    )
-    command.add_argument(
-        "--device",
-        type=torch.device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
+    commands = parser.add_subparsers(dest="command")
+    add_bench_command(commands)
+    add_synthesize_command(commands)
     given = parser.parse_args(arguments)
-    if given.command is None:
-        return main()
-    if given.device.type not in ("cpu", "cuda"):
-        command.error(f"--device {given.device}: only cpu and cuda are measured")
-    if given.device.type == "cuda" and not torch.cuda.is_available():
-        command.error(f"--device {given.device}: torch sees no CUDA GPU")
-    warnings.filterwarnings("ignore", message=".*does not move")  # a half-precision network is measured as well
-    try:
-        network = make_network(given.model)
-    except ValueError as error:
-        command.error(str(error))
-    print(bench(given.model, network, given.device))
-    return 0
+    return main() if given.command is None else given.run(given)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,9 @@ class HalfLife:
 class PowerFunction:
     """An average whose length grows in proportion to the training: ``(1 - 1 / (k + 1)) ** (gamma + 1)``.
 
-    The student of step k has a weight proportional to k ** gamma. Averages of two lengths (EMANTeachers) can be
-    combined after the training into an average of any length in between. Source: Karras et al., "Analyzing and
-    improving the training dynamics of diffusion models", 2024.
+    The student of step k has a weight proportional to k ** gamma. Stored averages of two lengths can be combined after
+    the training into an average of any length: see ``Snapshots``. Source: Karras et al., "Analyzing and improving the
+    training dynamics of diffusion models", 2024.
 
     Args:
         sigma_rel: the length of the average, in (0, 0.2886): the standard deviation of the weights over the steps, as
@@ -204,6 +204,16 @@ class PowerFunction:
             middle = (low + high) / 2
             low, high = (middle, high) if _relative_deviation(middle) > self.sigma_rel else (low, middle)
         object.__setattr__(self, "gamma", high)
+
+    @classmethod
+    def from_gamma(cls, gamma: float) -> "PowerFunction":
+        """The schedule with this exponent, above 0.
+
+        >>> round(PowerFunction.from_gamma(16.97).sigma_rel, 4)
+        0.05
+        """
+        _check_positive(gamma=gamma)
+        return cls(_relative_deviation(gamma))
 
     def __call__(self, step: int | Tensor) -> float | Tensor:
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)

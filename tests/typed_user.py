@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from eman_kernels import (
     Momentum,
     Options,
     Rule,
+    Snapshots,
     available_backends,
     ema_update_,
     eman_update_,
@@ -19,6 +21,7 @@ from eman_kernels import (
     plan_for,
     schedules,
     swapped,
+    synthesize,
 )
 
 
@@ -104,6 +107,22 @@ def train_several() -> list[int]:
     return [teacher.step for teacher in teachers]
 
 
+def choose_the_length_afterwards() -> int:
+    student = Network()
+    momenta: list[Momentum] = [schedules.PowerFunction(0.05), schedules.PowerFunction.from_gamma(6.94)]
+    teachers = EMANTeachers(student, momenta)
+    with TemporaryDirectory() as folder:
+        with Snapshots(teachers, folder, every=10, dtype=torch.float32, keep=8) as snapshots:
+            for _ in range(100):
+                teachers.update(student)
+                snapshots.store_if_due()
+            snapshots.store()
+        student.load_state_dict(synthesize(folder, 0.07))
+        average: dict[str, Tensor] = synthesize(folder, half_life=20.0, step=100)
+        several: list[dict[str, Tensor]] = synthesize(folder, [0.05, 0.1], progress=False)
+    return len(average) + len(several)
+
+
 def misuse(student: nn.Module) -> None:
     """Never called. In strict mode mypy reports a ``type: ignore`` on a line without an error."""
     EMANTeachers(student, [0.9], rounding="up")  # type: ignore[arg-type]
@@ -159,6 +178,7 @@ def unavailable_backends() -> dict[str, str]:
 if __name__ == "__main__":
     assert train().step == 5
     assert train_several() == [1, 1, 1, 1]
+    assert choose_the_length_afterwards() == 7 + 2
     assert use_functions()
     assert len(use_schedules()) == 12
     assert "reference" not in unavailable_backends()

@@ -1,4 +1,4 @@
-"""Loads the average from a checkpoint that another library wrote."""
+"""Loads the average from a checkpoint that another library wrote; averages of any length from stored snapshots."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -14,8 +14,10 @@ from ..update.loading import all_or_nothing, needs_step
 from ..update.state import check_step_number
 from .layouts import OPTIMIZER_KEYS, Rank, names_average
 from .parts import Names, Part, Recognised, find_parts, flatten_keys, is_checkpoint
+from .snapshots import Snapshots
+from .synthesis import synthesize
 
-__all__ = ["Recognised", "load_ema_checkpoint"]
+__all__ = ["Recognised", "Snapshots", "load_ema_checkpoint", "synthesize"]
 
 _MAX_LISTED = 5  # names in an error message
 

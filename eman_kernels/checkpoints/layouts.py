@@ -23,8 +23,9 @@ class _CountedLayout(NamedTuple):
     library: str  # reported as Recognised.layout
 
 
+EMA_PYTORCH = "ema-pytorch"
 _COUNTED_LAYOUTS = [
-    _CountedLayout("ema_model.", "step", "ema-pytorch"),
+    _CountedLayout("ema_model.", "step", EMA_PYTORCH),
     _CountedLayout("state_dict.", "averaging_state.n_averaged", "Lightning's WeightAveraging"),
     _CountedLayout("module.", "n_averaged", "torch's AveragedModel"),
     _CountedLayout("module.", "_extra_state", "EMANTeacher"),
@@ -44,7 +45,7 @@ _MMENGINE_STUDENT = _CountedLayout("ema_state_dict.", "ema_state_dict.steps", "m
 _AVERAGE_KEYS = {
     "state_dict_ema": "timm",
     "model_ema": "timm or latent-diffusion",
-    "ema_model": "ema-pytorch",
+    "ema_model": EMA_PYTORCH,
     "encoder_k": "EMAN's MoCo",
     "target_net": "EMAN's BYOL",
     "ema": "EMAN's FixMatch",
@@ -96,6 +97,15 @@ def identify(prefix: str, leaves: dict[str, Any]) -> tuple[Rank, str, int | None
         if key in _STUDENT_KEYS or _words(key) & _STUDENT_WORDS:
             return Rank.STUDENT, "a student", None
     return Rank.PLAIN, "a plain network", None
+
+
+def find_counted_prefix(leaves: dict[str, Any]) -> tuple[str, str | None]:
+    """What precedes the names of an average that is stored with its number of updates, and the library; ("", None) if
+    the checkpoint is none of these."""
+    for layout in _COUNTED_LAYOUTS:
+        if layout.step_key in leaves and any(name.startswith(layout.prefix) for name in leaves):
+            return layout.prefix, layout.library
+    return "", None
 
 
 def _stored_at(parent: str, prefix: str, leaves: dict[str, Any], layout: _CountedLayout) -> bool:

@@ -8,10 +8,14 @@ trainer = Trainer(callbacks=EMANWeightAveraging(decay=0.999), **options)
 trainer.fit(model, batches)
 ```
 
+``EMANSnapshots`` stores averages from which ``synthesize`` makes averages of any length after the training.
+
 Tested with lightning 2.6.6.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from ..checkpoints import Snapshots
 from ..networks.names import named_tensors
-from ..schedules import CopyFirst
-from ..teacher import EMANTeacher
+from ..schedules import CopyFirst, PowerFunction
+from ..teacher import EMANTeacher, EMANTeachers
 from ..update.following import find_hooked_optimizer
 from ..update.state import Momentum
 
@@ -32,7 +37,7 @@ if find_spec("lightning") is None:
     )
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -207,3 +212,57 @@ class EMANWeightAveraging(WeightAveraging):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class EMANSnapshots(Callback):
+    """Tracks averages of a few lengths and stores them in a folder: see ``eman_kernels.Snapshots``.
+
+    The averages follow the last of the trainer's optimizers, are saved in the checkpoints, and do not change what is
+    trained or validated. The last snapshot is stored when the training ends.
+
+    Args:
+        folder, every: as in Snapshots.
+        sigma_rels: the lengths of the averages; default 0.05 and 0.10.
+        options: keyword options of Snapshots: dtype, keep.
+
+    ```python
+    from eman_kernels import synthesize
+    from eman_kernels.integrations.lightning import EMANSnapshots
+
+    trainer = Trainer(callbacks=EMANSnapshots("snapshots", every=1000), **options)
+    trainer.fit(model, batches)
+    model.load_state_dict(synthesize("snapshots", sigma_rel=0.07))
+    ```
+    """
+
+    def __init__(
+        self, folder: str | Path, every: int, sigma_rels: Sequence[float] = (0.05, 0.10), **options: Any
+    ) -> None:
+        self.folder, self.every, self.sigma_rels = folder, every, sigma_rels
+        self._options = options
+        self._teachers: EMANTeachers | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before the checkpoint is loaded
+            momenta = [PowerFunction(sigma_rel) for sigma_rel in self.sigma_rels]
+            self._teachers = EMANTeachers(pl_module, momenta, dtype=torch.float32)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._teachers.to(pl_module.device)
+        self._snapshots = Snapshots(self._teachers, self.folder, every=self.every, **self._options)
+        self._handle = self._teachers.follow(trainer.optimizers[-1], pl_module)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._snapshots.store_if_due()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._handle.remove()
+        self._snapshots.store()
+        self._snapshots.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._teachers is None else self._teachers.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._teachers is not None:
+            self._teachers.load_state_dict(state_dict)

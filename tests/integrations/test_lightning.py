@@ -1,11 +1,12 @@
 """EMANWeightAveraging in Lightning's Trainer, compared with EMAWeightAveraging."""
 
+import inspect
 import re
 from functools import partial
 
 import pytest
 import torch
-from conftest import adapters_example, assert_same_bits
+from conftest import adapters_example, assert_same_bits, examples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -14,9 +15,10 @@ lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not in
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-from eman_kernels import EMANTeacher, schedules  # noqa: E402
+from eman_kernels import EMANTeacher, schedules, synthesize  # noqa: E402
+from eman_kernels.checkpoints.folders import read_folder  # noqa: E402
 from eman_kernels.integrations import lightning as adapter  # noqa: E402
-from eman_kernels.integrations.lightning import EMANWeightAveraging  # noqa: E402
+from eman_kernels.integrations.lightning import EMANSnapshots, EMANWeightAveraging  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:(lightning|torch|pytest)", "ignore:.*LeafSpec:FutureWarning"
@@ -533,3 +535,37 @@ def test_a_skipped_step_does_not_skip_the_update_of_its_epoch(tmp_path):
     fit(callback, module, tmp_path, plugins=[plugin], limit_train_batches=1)
     assert callback._average_model.n_averaged == 1
     assert callback._average_model.module.net[1].num_batches_tracked == 1
+
+
+def test_snapshots_of_averages_resume_and_load(tmp_path):
+    """Two epochs of 8 steps in one run and in two: the same snapshots, which load into the module."""
+    folders = {name: tmp_path / name for name in ("whole", "parts")}
+    fit(EMANSnapshots(folders["whole"], every=4), Module(), tmp_path, max_epochs=2)
+    first = fit(EMANSnapshots(folders["parts"], every=4), Module(), tmp_path)
+    first.save_checkpoint(tmp_path / "resume.ckpt")
+    module = Module()
+    fit(EMANSnapshots(folders["parts"], every=4), module, tmp_path, str(tmp_path / "resume.ckpt"), max_epochs=2)
+    networks = {name: read_folder(folder) for name, folder in folders.items()}
+    assert [n.step for n in networks["whole"]] == [n.step for n in networks["parts"]] == [4, 4, 8, 8, 12, 12, 16, 16]
+    for whole, parts in zip(*networks.values(), strict=True):
+        tensors = dict(parts.tensors())
+        for name, tensor in whole.tensors():
+            assert_same_bits(tensors[name], tensor, name)
+    average = synthesize(folders["parts"], 0.1)
+    module.load_state_dict(average)
+    assert average["net.1.num_batches_tracked"] == 16
+
+
+@pytest.mark.filterwarnings("ignore:the 2 snapshots do not represent the average")  # they are of one step
+def test_example_of_snapshots_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = examples(inspect.getdoc(EMANSnapshots))
+    options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "enable_progress_bar": False}
+    names = {"Trainer": lightning.Trainer, "model": Module(), "batches": batches(), "options": options}
+    exec(example, names)
+    assert [network.step for network in read_folder("snapshots")] == [8, 8]
+
+
+def test_the_last_step_is_stored(tmp_path):
+    fit(EMANSnapshots(tmp_path / "snapshots", every=5, sigma_rels=[0.1], dtype=torch.float32), Module(), tmp_path)
+    assert [network.step for network in read_folder(tmp_path / "snapshots")] == [5, 8]

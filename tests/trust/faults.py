@@ -339,6 +339,44 @@ FAULTS = [
     Fault("_find_unrecognised_averages", "any(map(names_average, keys))", "False", "test_checkpoints.py"),
     Fault("_find_unrecognised_averages", "if each in own", "if False", "test_checkpoints.py"),
     Fault("load_ema_checkpoint", 'state["_extra_state"] = torch.tensor(found.step)', "pass", "test_checkpoints.py"),
+    # ------------------------------------------------------------ post-hoc EMA
+    Fault(
+        "solve_coefficients",
+        "system[:n, :n], system[:n, n:], system[n:, :n] = cosines, scale, scale.T",
+        "system[:n, :n], system[n, n] = cosines, 1",
+        "test_profiles.py",
+    ),
+    Fault("_cosines", "torch.where(steps < other_steps, b, a)", "b", "test_profiles.py"),
+    Fault("integrate_profile", "weights[0] = mass[0]", "pass", "test_profiles.py"),
+    Fault(
+        "gamma_of_half_life", "math.log1p(-half_life / step) - 1", "math.log1p(-half_life / step)", "test_profiles.py"
+    ),
+    Fault("add_up", "network is last", "network is combination.networks[0]", "test_synthesis.py -k counters"),
+    Fault("add_up", "and name not in last.copied", "", "test_synthesis.py -k not_averaged"),
+    Fault("_keep_variances_positive", "tensor.clamp_(min=0)", "pass", "test_synthesis.py -k variance"),
+    Fault("select_networks", "network.step <= end", "True", "test_synthesis.py -k counters"),
+    Fault("Snapshots._copy_to_host", "and id(own[name]) in parameters", "", "test_snapshots.py -k averages"),
+    Fault(
+        "Snapshots._copy_to_host",
+        "tensor.full_tensor() if is_distributed(tensor) else tensor",
+        "tensor",
+        "test_snapshots.py -k rank_0",
+    ),
+    Fault(
+        "Snapshots._copy_to_host", "teacher.state_dict()", "teacher.module.state_dict()", "test_snapshots.py -k swapped"
+    ),
+    Fault(
+        "Snapshots.store_if_due",
+        "self._calls < self._every - before % self._every",
+        "False",
+        "test_snapshots.py -k device",
+    ),
+    Fault("Snapshots._store", "if path not in existing", "if True", "test_snapshots.py -k resumed"),
+    Fault("Snapshots.wait", "self._stored_step = None", "pass", "test_snapshots.py -k failed"),
+    Fault("write_network", 'path.name + ".tmp"', "path.name", "test_snapshots.py -k killed"),
+    Fault("_copy", "if not error >", "if True or error >", "test_snapshots.py -k hold"),
+    Fault("_copy", 'tensor.to("cpu", copy=True)', 'tensor.to("cpu")', "test_snapshots.py -k continues"),
+    Fault("_choose_superfluous", "min(steps[:-1]", "max(steps[:-1]", "test_snapshots.py -k keep"),
     # ------------------------------------------------------------ compiled graphs
     Fault("trace_networks", "[students[name] for name in names]", "[*students.values()]", "test_traced.py"),
     Fault("trace_teachers", "1 if found_inf is None else", "1 if True else", "test_traced.py"),

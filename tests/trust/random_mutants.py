@@ -58,7 +58,8 @@ def find_changes(text: str) -> dict[tuple[int, int], list[Change]]:
 def find_statement(text: str, line: int) -> range:
     """The lines from the begin of the innermost statement that holds this line, to the line."""
     statements = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
-    return range(max(node.lineno for node in statements if node.lineno <= line <= node.end_lineno), line + 1)
+    begins = (node.lineno for node in statements if node.lineno <= line <= node.end_lineno)
+    return range(max(begins, default=line), line + 1)  # a decorator is in no statement
 
 
 def record_tests(project: Path) -> CoverageData | None:

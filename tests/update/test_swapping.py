@@ -885,3 +885,10 @@ def test_rules_of_a_swap_match_keys(student):
         assert torch.equal(student[3].weight, theirs["3.weight"])
         assert not torch.equal(student[0].weight, theirs["0.weight"])
     assert_values(student, theirs)
+
+
+def test_a_module_under_two_names_loads_from_the_second():
+    shared = nn.Linear(1, 1, bias=False)
+    teacher = EMANTeacher(nn.ModuleDict({"first": shared, "second": shared}))
+    teacher.load_state_dict({"module.second.weight": torch.full((1, 1), 7.0)}, strict=False)
+    assert teacher.module["first"].weight.item() == 7.0

@@ -1,5 +1,6 @@
 // Runs the sources of the CUDA and CPU kernels on the host, under sanitizers. Each tensor has its own malloc, so that
 // an access outside of it is detected. test_host_kernel.py writes the cases to standard input and compares the output.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -55,7 +56,7 @@ struct Tensor {
 //   cuda, cpu                  the plain kernels
 //   cuda-double, cuda-float    the same, with the momentum read from memory
 //   cuda-general, cpu-general  one teacher, stochastic rounding, NaNs skipped, and bfloat16 copies of float teachers
-//   cuda-several, cpu-several  the same, with three teachers of equal values
+//   cuda-several, cpu-several  the same, with three teachers: the first, and its elements rotated by one and by two
 //   ...-nearest                the same, rounded to nearest, and NaNs are not skipped
 //   cuda-swap, cpu-swap        the exchange
 int main(int, char** argv) {
@@ -82,7 +83,10 @@ int main(int, char** argv) {
     const bool casts = general && c.pair <= 2;  // float
     for (int k = 0; k < n_teachers; ++k) {
       teachers.emplace_back(original.offset, original.bytes);
-      memcpy(teachers.back().memory, original.memory, original.offset + original.bytes);
+      // Teachers that differ: teacher k begins with element k.
+      const uint8_t *first = original.memory + original.offset, *end = first + original.bytes;
+      const uint32_t shift = c.numel == 0 ? 0 : k % c.numel * c.teacher_bytes;
+      std::rotate_copy(first, first + shift, end, teachers.back().memory + original.offset);
       teachers.emplace_back(c.teacher_offset / 2, casts ? c.numel * 2 : 0);
     }
     free(original.memory);

@@ -38,7 +38,9 @@ static cudaError_t cudaSetDevice(int device) {
   current = device;
   return cudaSuccess;
 }
-static cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3, void**, size_t, cudaStream_t) {
+static const void* launched = nullptr;
+static cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3, void**, size_t, cudaStream_t) {
+  launched = kernel;
   launches += static_cast<int>(grid.x);
   return said(next_launch);
 }
@@ -68,5 +70,13 @@ int main() {
   next_launch = cudaSuccess;
   last = cudaErrorInvalidDevice;  // of an unrelated call
   attempt("another's error", [&] { eman::update_cuda(arguments, 4, true, 1, 0); });
+  const auto launches_for = [&](int n_teachers, bool general, void (*kernel)(eman::Arguments)) {
+    arguments.n_teachers = n_teachers;
+    eman::update_cuda(arguments, 1, general, 0, 0);
+    return launched == reinterpret_cast<const void*>(kernel);
+  };
+  const bool right = launches_for(1, false, eman_update) && launches_for(1, true, eman_update_general) &&
+                     launches_for(3, true, eman_update_several);
+  printf("the kernels by number of teachers: %s\n", right ? "right" : "wrong");
   attempt("nothing to do", [&] { eman::update_cuda(arguments, 0, false, 99, 0); });
 }

@@ -27,7 +27,10 @@ if SIMULATED:
 pytestmark = pytest.mark.filterwarnings("ignore:at momentum")
 
 
-@pytest.fixture(params=[second_device.NAME] * SIMULATED)
+IN_THE_PROCESS = pytest.mark.skipif(not SIMULATED, reason="runs in the process of test_on_a_simulated_device")
+
+
+@pytest.fixture(params=[pytest.param(second_device.NAME, marks=IN_THE_PROCESS)])
 def device(request):
     return torch.device(request.param, 0)
 

@@ -1098,3 +1098,16 @@ def test_a_momentum_for_one_update_of_several_teachers():
     assert [teacher.step for teacher in teachers] == [1, 1]
     teachers.update(momentum=torch.tensor(0.0))
     assert all((teacher.module.weight == 8).all() for teacher in teachers)
+
+
+def test_state_dict_takes_its_prefix_by_position():
+    """As torch still allows, with a warning; the counts get the prefix too."""
+    student = nn.Linear(1, 1)
+    teacher = EMANTeacher(student, nonfinite="skip")
+    teacher.update(student)
+    by_name = teacher.state_dict(prefix="ema.")
+    assert "ema._skipped" in by_name
+    for arguments, prefix in ((({}, "ema."), "ema."), (({},), "")):
+        with pytest.warns(FutureWarning, match="Positional args"):
+            by_position = teacher.state_dict(*arguments)
+        assert [*by_position] == [*teacher.state_dict(prefix=prefix)]

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from ..schedules import PowerFunction
 from .folders import SUFFIX, StoredNetwork, read_folder, write_network
-from .profiles import solve_coefficients
-from .synthesis import add_up, combine, describe_range, list_missing, select_networks
-
-_SHOWN = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
+from .profiles import COMMON_LENGTHS
+from .synthesis import add_up, combine, describe_range, list_missing, select_networks, solve_for_networks
 
 
 def add_synthesize_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -80,11 +78,10 @@ def describe_folder(networks: list[StoredNetwork], step: int | None) -> str:
         return "\n".join([*lines, "checkpoints of the student: the error of an average of them is not known"])
     lines += [f"sigma_rel {sigma_rel:g}" for sigma_rel in sorted({network.sigma_rel for network in networks})]
     lines += list_missing(networks)
-    gammas = [PowerFunction(sigma_rel).gamma for sigma_rel in _SHOWN]
-    stored = [network.step for network in used], [network.gamma for network in used]
-    coefficients, errors = solve_coefficients(*stored, step, gammas)
+    gammas = [PowerFunction(sigma_rel).gamma for sigma_rel in COMMON_LENGTHS]
+    coefficients, errors = solve_for_networks(used, step, gammas)
     lines += ["", f"averages at step {step}. {describe_range(used, step)}"]
     lines += ["sigma_rel  error of the profile  rounding errors are multiplied by"]
-    for sigma_rel, error, column in zip(_SHOWN, errors.tolist(), coefficients.T, strict=True):
+    for sigma_rel, error, column in zip(COMMON_LENGTHS, errors.tolist(), coefficients.T, strict=True):
         lines.append(f"{sigma_rel:9g}  {error:20.2%}  {float(column.norm()):33.1f}")
     return "\n".join(lines)

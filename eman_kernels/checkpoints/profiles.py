@@ -16,6 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# The values of sigma_rel that people search among: `keep` and `--describe` judge a folder by them.
+COMMON_LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
+
 
 def solve_coefficients(
     steps: Sequence[float], gammas: Sequence[float], step: float, targets: Sequence[float]

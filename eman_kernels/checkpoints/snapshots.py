@@ -14,10 +14,7 @@ from ..networks.tensors import fsdp1_class, is_distributed
 from ..schedules import CopyFirst, PowerFunction
 from ..teacher import EMANTeacher
 from .folders import SUFFIX, StoredNetwork, check_same_network, import_safetensors, read_folder, write_network
-from .profiles import solve_coefficients
-
-# The lengths for which ``keep`` chooses the steps to keep.
-_LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
+from .profiles import COMMON_LENGTHS, solve_coefficients
 
 
 class Snapshots:
@@ -254,7 +251,7 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _choose_superfluous(steps: Sequence[int], sigma_rels: Sequence[float]) -> int:
     """The step without which the mean error of the profiles at the last step is smallest."""
-    gammas, targets = ([PowerFunction(each).gamma for each in lengths] for lengths in (sigma_rels, _LENGTHS))
+    gammas, targets = ([PowerFunction(each).gamma for each in lengths] for lengths in (sigma_rels, COMMON_LENGTHS))
 
     def error_without(step: int) -> float:
         kept = [other for other in steps if other != step]

@@ -173,9 +173,7 @@ def combine(networks: list[StoredNetwork], kind: str, lengths: Sequence[float], 
         return Combination(networks, step, gammas, torch.stack(columns, dim=1), None)
     if missing := list_missing(networks):
         warn_user(f"{'; '.join(missing)}: the others are used")
-    coefficients, errors = solve_coefficients(
-        [network.step for network in networks], [network.gamma for network in networks], step, gammas
-    )
+    coefficients, errors = solve_for_networks(networks, step, gammas)
     for name, error in zip(lengths, errors.tolist(), strict=True):
         if error > NOTICEABLE:
             message = (
@@ -188,13 +186,16 @@ def combine(networks: list[StoredNetwork], kind: str, lengths: Sequence[float], 
     return Combination(networks, step, gammas, coefficients, errors.tolist())
 
 
+def solve_for_networks(networks: list[StoredNetwork], step: int, gammas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``solve_coefficients`` for stored averages."""
+    return solve_coefficients([each.step for each in networks], [each.gamma for each in networks], step, gammas)
+
+
 def find_reachable(networks: list[StoredNetwork], step: int) -> list[tuple[float, float]]:
     """The intervals of sigma_rel in which the error of the profile is not noticeable, in steps of 2 %."""
     grid = [0.005 * 1.02**i for i in range(205)]  # to 0.284
     gammas = [PowerFunction(sigma_rel).gamma for sigma_rel in grid]
-    _, errors = solve_coefficients(
-        [network.step for network in networks], [network.gamma for network in networks], step, gammas
-    )
+    _, errors = solve_for_networks(networks, step, gammas)
     intervals = []
     for reachable, group in groupby(zip(grid, errors.tolist(), strict=True), lambda pair: pair[1] <= NOTICEABLE):
         inside = [sigma_rel for sigma_rel, _ in group]

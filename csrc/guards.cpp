@@ -16,7 +16,8 @@
 //
 // The code uses Python's C interface, and torch's stable C interface through function addresses that Python passes in,
 // so that it does not link torch. The GIL is held throughout: this module does not declare that it works without, so a
-// free-threaded interpreter enables the GIL when it is imported.
+// free-threaded interpreter enables the GIL when it is imported. The garbage collector is off during a walk, because
+// finalizers can run any code, which could free what the walk visits.
 #include "guards.h"
 
 #include <pybind11/pybind11.h>
@@ -58,17 +59,16 @@ struct Torch {
 
   // Where a TensorImpl and its StorageImpl store what the functions above return for a tensor of up to kInlineDims
   // dimensions: byte offsets that Python found. If it did not, all are 0 and the functions are called every time.
-  static constexpr int kInlineDims = 5;
+  static constexpr uint64_t kInlineDims = 5;
   struct Fields {
     size_t storage;      // address of the StorageImpl
-    size_t dim, sizes;   // the strides follow the sizes of kInlineDims dimensions
-    size_t first, last;  // from the number of the first element to the dispatch keys, with dtype, device and layout
+    size_t first, last;  // words: number of dimensions, sizes, strides, number of the first element ... dispatch keys
     size_t data;         // in the StorageImpl: the address of the memory, then who frees it
   } fields;
 } torch;
 
 void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::type tensor, py::type parameter,
-               size_t offset, size_t keys_offset, uint64_t bump_version, const std::array<size_t, 6>& fields) {
+               size_t offset, size_t keys_offset, uint64_t bump_version, const std::array<size_t, 4>& fields) {
   const auto set = [&](auto& getter, int i) {
     getter = reinterpret_cast<std::decay_t<decltype(getter)>>(functions[i]);
   };
@@ -85,7 +85,7 @@ void use_torch(const std::array<uint64_t, 8>& functions, int32_t strided, py::ty
   torch.offset = offset;
   torch.keys_offset = keys_offset;
   torch.bump_version = reinterpret_cast<decltype(torch.bump_version)>(bump_version);
-  torch.fields = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
+  torch.fields = {fields[0], fields[1], fields[2], fields[3]};
 }
 
 // Increments the version counters of some of the tensors, by which autograd notices writes. numbers: the address of n
@@ -102,6 +102,18 @@ bool bump_versions(const py::list& tensors, uint64_t numbers, int64_t n) {
   }
   return true;
 }
+
+// Switches the garbage collector off, and on again if it was on.
+class NoGarbageCollection {
+ public:
+  NoGarbageCollection() : was_enabled_(PyGC_Disable()) {}
+  ~NoGarbageCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+
+ private:
+  int was_enabled_;
+};
 
 // The names of the dicts in which an nn.Module stores its content.
 const std::array<PyObject*, 3>& dict_names() {
@@ -142,6 +154,7 @@ class Walk {
         found_(kRecords ? 0 : seen.n_tensors) {}
 
   bool over(const Roots& roots) {
+    const NoGarbageCollection disabled;
     if (!same(roots.size())) return false;
     for (const auto& root : roots) {
       if (!(PyList_CheckExact(root.ptr()) ? list(root.ptr()) : module(root.ptr()))) return false;
@@ -172,9 +185,12 @@ class Walk {
 
   // Names are usually interned strings, so that their addresses are equal. If not, their text is compared.
   bool same_name(PyObject* name) {
-    if (!PyUnicode_Check(name)) return false;
-    if (kRecords) snapshot_.names.push_back(py::reinterpret_borrow<py::object>(name));
-    return same(address(name)) || PyUnicode_Compare(name, reinterpret_cast<PyObject*>(next_[-1])) == 0;
+    if (kRecords) {
+      if (!PyUnicode_Check(name)) return false;
+      snapshot_.names.push_back(py::reinterpret_borrow<py::object>(name));
+    }
+    return same(address(name)) ||
+           (PyUnicode_Check(name) && PyUnicode_Compare(name, reinterpret_cast<PyObject*>(next_[-1])) == 0);
   }
 
   bool list(PyObject* tensors) {
@@ -198,21 +214,10 @@ class Walk {
     if (!kRecords) prefetch();
     const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
     if (!dict) throw py::error_already_set();
-    // Hold references during the walk: creating a dict can run the garbage collector, which can run any code.
-    std::array<py::object, 3> own;
-    for (size_t kind = 0; kind < own.size(); ++kind) {
-      own[kind] = py::reinterpret_borrow<py::object>(find_entry(dict.ptr(), dict_names()[kind]));
-      // For example scripted modules do not have these dicts.
-      if (!own[kind] || !PyDict_Check(own[kind].ptr())) return false;
-    }
-    if (kRecords) {
-      // From 64 bytes before the object, where CPython can store the address of its dict.
-      record_lines(reinterpret_cast<char*>(module) - 64, 128);
-      record_dict_lines(dict.ptr());
-      for (const auto& held : own) record_dict_lines(held.ptr());
-      snapshot_.lines_end.push_back(snapshot_.lines.size());
-    }
-    return entries(own[0].ptr(), false) && entries(own[1].ptr(), false) && entries(own[2].ptr(), true);
+    if (kRecords && !record_module_lines(module, dict.ptr())) return false;
+    const auto& [parameters, buffers, modules] = dict_names();
+    return tensors(find_entry(dict.ptr(), parameters)) && tensors(find_entry(dict.ptr(), buffers)) &&
+           children(find_entry(dict.ptr(), modules));
   }
 
   // The entry of this name in a dict, or null. Its position is recorded too: usually it is still there, which saves the
@@ -221,126 +226,131 @@ class Walk {
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
     if (kRecords) {
-      Py_ssize_t here = 0;
-      while (PyDict_Next(dict, &at, &key, &value) && key != name) here = at;
-      same(here);
-    } else {
-      at = static_cast<Py_ssize_t>(*next_++);
-      PyDict_Next(dict, &at, &key, &value);
+      same(position(dict, name));
+      return PyDict_GetItem(dict, name);
     }
+    at = static_cast<Py_ssize_t>(*next_++);
+    PyDict_Next(dict, &at, &key, &value);
     return key == name ? value : PyDict_GetItem(dict, name);
   }
 
-  // The modules or tensors in one of a module's dicts.
-  bool entries(PyObject* own, bool modules) {
+  // What PyDict_Next needs to find the entry first.
+  static Py_ssize_t position(PyObject* dict, PyObject* name) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t here = 0, next = 0;
+    while (PyDict_Next(dict, &next, &key, &value) && key != name) here = next;
+    return here;
+  }
+
+  // Calls visit with each entry of one of a module's dicts. Scripted modules, for example, do not have these dicts.
+  template <typename Visit>
+  [[gnu::always_inline]] bool entries(PyObject* own, Visit visit) {
+    if (own == nullptr || !PyDict_Check(own)) return false;
     const Py_ssize_t n = PyDict_GET_SIZE(own);
     if (!same(n)) return false;
     PyObject *name, *value;
     for (Py_ssize_t i = 0, at = 0; i < n; ++i) {
       if (!PyDict_Next(own, &at, &name, &value) || !same_name(name)) return false;
-      if (value == Py_None) {
-        if (!same(0)) return false;
-      } else if (modules) {
-        const auto kept = py::reinterpret_borrow<py::object>(value);
-        if (!module(value)) return false;
-      } else if (!tensor(value)) {
-        return false;
-      }
+      if (!(value == Py_None ? same(0) : visit(value))) return false;
     }
     return true;
   }
 
-  bool tensor(PyObject* tensor) {
+  bool tensors(PyObject* own) {
+    return entries(own, [this](PyObject* value) { return tensor(value); });
+  }
+
+  bool children(PyObject* own) {
+    return entries(own, [this](PyObject* value) { return module(value); });
+  }
+
+  [[gnu::always_inline]] bool tensor(PyObject* tensor) {
     PyTypeObject* type = Py_TYPE(tensor);
     if (!same_type(type)) return false;
     const char* object = reinterpret_cast<char*>(tensor);
     const void* handle = object + torch.offset;
-    bool holds;
-    if (kRecords) {
-      if (!PyType_IsSubtype(type, torch.plain[0])) return false;
-      PyList_Append(found_.ptr(), tensor);
-      record_lines(object, 48);
-      snapshot_.described_at.push_back(snapshot_.described.size());
-      recorded_words_ = &snapshot_.described;
-      n_dims_ = kOpaque;
-      holds = described(type, handle);
-      recorded_words_ = &snapshot_.words;
-      record_fields(impl_of(handle));
-      snapshot_.lines_end.push_back(snapshot_.lines.size());
-    } else {
+    const size_t number = n_found_++;
+    if (!kRecords) {
       prefetch();
-      PyList_SET_ITEM(found_.ptr(), n_found_, Py_NewRef(tensor));
-      holds = same_fields(impl_of(handle)) || described_as_before(type, handle);
+      PyList_SET_ITEM(found_.ptr(), number, Py_NewRef(tensor));
+      return same_fields(impl_of(handle)) || described_as_before(number, type, handle);
     }
-    ++n_found_;
+    if (!PyType_IsSubtype(type, torch.plain[0])) return false;
+    PyList_Append(found_.ptr(), tensor);
+    record_lines(object, 48);
+    snapshot_.described_at.push_back(snapshot_.described.size());
+    recorded_words_ = &snapshot_.described;
+    n_dims_ = kOpaque;
+    const bool holds = described(number, type, handle);
+    recorded_words_ = &snapshot_.words;
+    record_fields(impl_of(handle));
+    snapshot_.lines_end.push_back(snapshot_.lines.size());
     return holds;
   }
 
   static const char* impl_of(Torch::Handle handle) { return *static_cast<const char* const*>(handle); }
 
-  static uint64_t read_word(const char* at) {
-    uint64_t word;
+  template <typename Word>
+  static Word read(const void* at) {
+    Word word;
     std::memcpy(&word, at, sizeof word);
     return word;
   }
 
-  // Calls visit with each word of a TensorImpl and its StorageImpl that determines what torch's functions return.
+  // Calls visit with the address and the number of the words that determine what torch's functions return: those of a
+  // TensorImpl, then those of its StorageImpl.
   template <typename Visit>
-  static void visit_fields(const char* impl, const char* storage, uint64_t n_dims, Visit visit) {
+  static void visit_fields(const char* impl, const char* storage, Visit visit) {
     const auto& at = torch.fields;
-    visit(read_word(impl + at.dim));
-    for (uint64_t i = 0; i < n_dims; ++i) {
-      visit(read_word(impl + at.sizes + 8 * i));
-      visit(read_word(impl + at.sizes + 8 * (Torch::kInlineDims + i)));
-    }
-    for (size_t offset = at.first; offset <= at.last; offset += 8) visit(read_word(impl + offset));
-    for (size_t i = 0; i < 3; ++i) visit(read_word(storage + at.data + 8 * i));
-  }
-  static uint64_t count_fields(uint64_t n_dims) {
-    return 1 + 2 * n_dims + (torch.fields.last - torch.fields.first) / 8 + 1 + 3;
+    visit(impl + at.first, (at.last - at.first) / 8 + 1);
+    visit(storage + at.data, 3);
   }
 
   void record_fields(const char* impl) {
     const auto& at = torch.fields;
-    const uint64_t storage = at.dim == 0 || n_dims_ > Torch::kInlineDims ? 0 : read_word(impl + at.storage);
+    const bool has_fields = at.data != 0 && n_dims_ <= Torch::kInlineDims;
+    const uint64_t storage = has_fields ? read<uint64_t>(impl + at.storage) : 0;
+    same(storage);
     if (storage == 0) {
-      same(kNoFields);
       if (n_dims_ != kOpaque) record_impl_lines(impl);
       return;
     }
-    const char* memory = reinterpret_cast<const char*>(storage);
-    same(n_dims_);
-    same(storage);
-    visit_fields(impl, memory, n_dims_, [&](uint64_t word) { same(word); });
+    visit_fields(impl, reinterpret_cast<const char*>(storage), [&](const char* words, size_t n) {
+      for (size_t i = 0; i < n; ++i) same(read<uint64_t>(words + 8 * i));
+    });
     record_lines(impl + at.storage, at.last + 8 - at.storage);
-    record_lines(memory + at.data, 24);
+    record_lines(reinterpret_cast<const char*>(storage) + at.data, 24);
   }
 
   // Whether the fields of a tensor are those that were recorded: then torch's functions would return the same too. The
   // storage is read only if it is the recorded one, which the tensor keeps alive.
   bool same_fields(const char* impl) {
-    const uint64_t n_dims = *next_++;
-    if (n_dims == kNoFields) return false;
-    const uint64_t* recorded = next_;
-    next_ += 1 + count_fields(n_dims);
-    const uint64_t storage = read_word(impl + torch.fields.storage);
-    if (storage != *recorded++) return false;
-    uint64_t different = 0;
-    visit_fields(impl, reinterpret_cast<const char*>(storage), n_dims,
-                 [&](uint64_t word) { different |= word ^ *recorded++; });
-    return different == 0;
+    using TwoWords = uint64_t __attribute__((vector_size(16)));
+    const uint64_t storage = *next_++;
+    if (storage == 0) return false;  // none were recorded
+    const bool same_storage = read<uint64_t>(impl + torch.fields.storage) == storage;
+    TwoWords different{};
+    visit_fields(impl, reinterpret_cast<const char*>(storage), [&](const char* words, size_t n) {
+      const uint64_t* end = next_ + n;
+      if (same_storage) {
+        for (size_t i = 0; i + 2 <= n; i += 2) different |= read<TwoWords>(words + 8 * i) ^ read<TwoWords>(next_ + i);
+        if (n % 2) different[0] |= read<uint64_t>(words + 8 * (n - 1)) ^ end[-1];
+      }
+      next_ = end;
+    });
+    return same_storage && (different[0] | different[1]) == 0;
   }
 
   // Whether torch's functions return what they returned then.
-  bool described_as_before(PyTypeObject* type, Torch::Handle handle) {
+  [[gnu::noinline]] bool described_as_before(size_t number, PyTypeObject* type, Torch::Handle handle) {
     const uint64_t* after = next_;
-    next_ = snapshot_.described.data() + snapshot_.described_at[n_found_];
-    const bool holds = described(type, handle);
+    next_ = snapshot_.described.data() + snapshot_.described_at[number];
+    const bool holds = described(number, type, handle);
     next_ = after;
     return holds;
   }
 
-  bool described(PyTypeObject* type, Torch::Handle handle) {
+  bool described(size_t number, PyTypeObject* type, Torch::Handle handle) {
     bool opaque = type != torch.plain[0] && type != torch.plain[1];
     if (!opaque) {
       int32_t layout;
@@ -348,7 +358,7 @@ class Walk {
       opaque = layout != torch.strided;
     }
     if (!opaque) return strided(handle);
-    if (kRecords) snapshot_.opaque.push_back(n_found_);
+    if (kRecords) snapshot_.opaque.push_back(number);
     return true;
   }
 
@@ -380,13 +390,30 @@ class Walk {
       if (recorded_.insert(line).second) snapshot_.lines.push_back(line);
     }
   }
-  void record_dict_lines(PyObject* object) {
+  bool record_module_lines(PyObject* module, PyObject* dict) {
+    // From 64 bytes before the object, where CPython can store the address of its dict.
+    record_lines(reinterpret_cast<char*>(module) - 64, 128);
+    Py_ssize_t last = 0;
+    for (PyObject* name : dict_names()) last = std::max(last, position(dict, name));
+    record_dict_lines(dict, last + 1);
+    for (PyObject* name : dict_names()) {
+      PyObject* own = PyDict_GetItem(dict, name);
+      if (own == nullptr || !PyDict_Check(own)) return false;
+      record_dict_lines(own, PyDict_GET_SIZE(own));
+    }
+    snapshot_.lines_end.push_back(snapshot_.lines.size());
+    return true;
+  }
+  // The dict itself, and of its keys the header, the index and the first entries.
+  void record_dict_lines(PyObject* object, Py_ssize_t n_entries) {
     const auto* dict = reinterpret_cast<PyDictObject*>(object);
-    const int entries = static_cast<int>(std::min<Py_ssize_t>(dict->ma_used, 24));
+    const int n = static_cast<int>(std::min<Py_ssize_t>(n_entries, 64));
+    const int index = static_cast<int>(std::clamp<Py_ssize_t>(2 * dict->ma_used, 8, 256));
+    const int entry = PY_VERSION_HEX >= 0x030B0000 ? 16 : 24;
     record_lines(reinterpret_cast<const char*>(dict), sizeof *dict);
     if (dict->ma_used == 0) return;
-    record_lines(reinterpret_cast<const char*>(dict->ma_keys), 64 + 24 * entries);
-    if (dict->ma_values != nullptr) record_lines(reinterpret_cast<const char*>(dict->ma_values), 8 * entries);
+    record_lines(reinterpret_cast<const char*>(dict->ma_keys), 32 + index + entry * n);
+    if (dict->ma_values != nullptr) record_lines(reinterpret_cast<const char*>(dict->ma_values), 8 * n);
   }
 
   // The first words of a TensorImpl include the addresses of its storage and its version counter. Which words these are
@@ -405,20 +432,21 @@ class Walk {
   // Prefetching some modules and tensors ahead lets these waits overlap. Prefetches are hints, which cannot fail: a
   // line may be unmapped by now.
   void prefetch() {
-    const uint64_t* end = snapshot_.lines.data() + snapshot_.lines_end[item_++ + kAhead];
-#pragma GCC unroll 8
-    for (; line_ < end; ++line_) __builtin_prefetch(reinterpret_cast<const void*>(*line_));
+    const uint64_t *line = line_, *end = snapshot_.lines.data() + snapshot_.lines_end[item_++ + kAhead];
+    for (; end - line >= 4; line += 4) {
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(reinterpret_cast<const void*>(line[i]));
+    }
+    for (; line < end; ++line) __builtin_prefetch(reinterpret_cast<const void*>(*line));
+    line_ = end;
   }
 
-  static constexpr size_t kAhead = 8;  // modules and tensors
-  // In place of a number of dimensions: a tensor that torch's functions do not describe, and one without fields.
-  static constexpr int64_t kOpaque = 1 << 16;
-  static constexpr uint64_t kNoFields = kOpaque;
+  static constexpr size_t kAhead = 8;           // modules and tensors
+  static constexpr uint64_t kOpaque = 1 << 16;  // in place of a number of dimensions: torch's functions return none
 
   Snapshot& snapshot_;
   std::vector<uint64_t>* recorded_words_;
   const uint64_t *next_, *line_;
-  int64_t n_dims_ = kOpaque;  // of the tensor that is being recorded
+  uint64_t n_dims_ = kOpaque;  // of the tensor that is being recorded
   py::list found_;
   size_t n_found_ = 0, item_ = 0;
   std::unordered_set<uint64_t> recorded_;  // the lines in snapshot_.lines

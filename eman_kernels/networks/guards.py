@@ -198,9 +198,9 @@ def _find_fields(keys_offset: int) -> list[int]:
 
     Each field is found by its value in tensors of different shape, strides, dtype, offset and memory.
 
-    Returns offsets in bytes: of the StorageImpl's address, of the number of dimensions, of the sizes (the strides
-    follow), of the number of the first element, of the dispatch keys, and of the memory's address in the StorageImpl.
-    All zeros if a field is not found, or not in this order.
+    Returns offsets in bytes: of the StorageImpl's address; of the first and last of the words that hold the number of
+    dimensions, the sizes, the strides, the number of the first element, and all up to the dispatch keys; and of the
+    memory's address in the StorageImpl. All zeros if a field is not found, or not in this order.
     """
     a = torch.empty(64).as_strided((1, 2, 3, 1, 2), (7, 11, 5, 13, 3), 4)
     b = torch.empty(80, dtype=torch.float64).as_strided((2, 1, 1, 3, 4), (1, 17, 19, 6, 2), 9)
@@ -216,18 +216,18 @@ def _find_fields(keys_offset: int) -> list[int]:
     sizes = [find([a, b], lambda tensor, i=i: tensor.size(i)) for i in range(5)]
     strides = [find([a, b], lambda tensor, i=i: tensor.stride(i)) for i in range(5)]
     first = find([a, b], Tensor.storage_offset)
-    in_order = sizes + strides == list(range(sizes[0], sizes[0] + 80, 8)) and strides[4] < first < keys_offset
+    in_order = [dim, *sizes, *strides, first] == list(range(dim, dim + 96, 8)) and first < keys_offset
     # What frees the memory is between its address and its size: lazy clones share memory and differ in it.
     if not (storage and dim and in_order and data and data + 24 <= n_bytes):
-        return [0] * 6
+        return [0] * 4
     # The dtype is a code that only torch knows: different ones must differ in bits that are the same for equal ones.
     tensors = [[torch.empty(1, dtype=dtype) for _ in range(4)] for dtype in _DTYPES]
     size = keys_offset + 8 - first
     read = [[int.from_bytes(ctypes.string_at(t._cdata + first, size), "little") for t in its] for its in tensors]
     unset = reduce(or_, (word ^ words[0] for words in read for word in words))  # bits that torch does not set
     if len({words[0] & ~unset for words in read}) < len(_DTYPES):
-        return [0] * 6
-    return [storage, dim, sizes[0], first, keys_offset, data]
+        return [0] * 4
+    return [storage, dim, keys_offset, data]
 
 
 def _find_offset(words: dict[int, int], size: int) -> int | None:

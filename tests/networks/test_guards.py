@@ -846,15 +846,16 @@ needs_torch = pytest.mark.skipif(
 @needs_torch
 def test_the_fields_of_a_tensor_are_found():
     tensor = torch.empty(48, dtype=torch.int32)[8:].view(1, 2, 4, 5)
-    storage, dim, sizes, first, last, data = guards._find_fields(guards._find_keys_offset([tensor]))
+    storage, first, last, data = guards._find_fields(guards._find_keys_offset([tensor]))
 
     def words(address, offset, n):
         return array("Q", ctypes.string_at(address + offset, 8 * n)).tolist()
 
+    dim, sizes, strides, offset = first, first + 8, first + 8 + 5 * 8, first + 8 + 10 * 8
     assert words(tensor._cdata, dim, 1) == [4]
     assert words(tensor._cdata, sizes, 4) == [1, 2, 4, 5]
-    assert words(tensor._cdata, sizes + 5 * 8, 4) == [40, 20, 5, 1]
-    assert words(tensor._cdata, first, 1) == [8]
+    assert words(tensor._cdata, strides, 4) == [40, 20, 5, 1]
+    assert words(tensor._cdata, offset, 1) == [8]
     assert words(tensor._cdata, last, 1) == [torch._C._dispatch_keys(tensor).raw_repr()]
     assert words(tensor._cdata, storage, 1) == [tensor.untyped_storage()._cdata]
     assert words(tensor.untyped_storage()._cdata, data, 1) == [tensor.data_ptr() - 8 * 4]
@@ -862,19 +863,19 @@ def test_the_fields_of_a_tensor_are_found():
 
 @pytest.mark.parametrize("keys_offset", [0, 40, 96])
 def test_fields_that_are_not_found_or_in_another_order_are_not_read(keys_offset):
-    assert guards._find_fields(keys_offset) == [0] * 6
+    assert guards._find_fields(keys_offset) == [0] * 4
 
 
 def test_dtypes_that_the_fields_do_not_distinguish(monkeypatch):
     monkeypatch.setattr(guards, "_DTYPES", (torch.float32, torch.float32))
-    assert guards._find_fields(guards._find_keys_offset([torch.empty(1)])) == [0] * 6
+    assert guards._find_fields(guards._find_keys_offset([torch.empty(1)])) == [0] * 4
 
 
 @needs_torch
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_network_changes_and_the_fields_are_unknown(change, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(guards, "_find_fields", lambda keys_offset: [0] * 6)
+        patched.setattr(guards, "_find_fields", lambda keys_offset: [0] * 4)
         assert guards._connect_extension()
     try:
         test_a_network_changes(change, "both")
@@ -939,3 +940,34 @@ def test_without_torchs_bump_version_autograd_is_told_too(monkeypatch):
     finally:
         monkeypatch.undo()
         guards._connect_extension()
+
+
+@needs_torch
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_off_during_a_walk_only(enabled):
+    class Bare(nn.Module):
+        """Its __dict__ is made when it is asked for, which can start a collection in Python 3.11."""
+
+        def __init__(self):
+            for name in ("_parameters", "_buffers", "_modules"):
+                object.__setattr__(self, name, {})
+
+    student, collections, before = nn.Module(), [], gc.get_threshold()
+    student._modules = {str(i): Bare() for i in range(100)}
+    gc.callbacks.append(lambda phase, info: collections.append(phase))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        gc.set_threshold(1)
+        compiled = guards.extension.C.Guards([student])
+        gc.set_threshold(*before)
+        assert len(collections) < 20
+        for roots in ([student], [nn.ReLU()]):
+            compiled.check(roots)
+            assert gc.isenabled() is enabled
+        with pytest.raises(ValueError, match="unsupported"):
+            guards.extension.C.Guards([["no tensor"]])
+        assert gc.isenabled() is enabled
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.pop()
+        gc.enable()

@@ -67,6 +67,7 @@ FAULTS = [
     Fault("strided", "same(address(data))", "(same(address(data)) || true)", COMPILED_GUARDS),
     Fault("strided", "same(dtype)", "(same(dtype) || true)", COMPILED_GUARDS),
     Fault("same_name", "same(address(name)) ||", "same(address(name)) || true ||", COMPILED_GUARDS),
+    Fault("same_fields", "(different[0] | different[1]) == 0", "true", "test_guards.py test_life.py"),
     Fault("find_entry", "key == name ? value : PyDict_GetItem(dict, name)", "value", "test_guards.py test_life.py"),
     Fault(
         "_record_tensors",

@@ -141,6 +141,10 @@ def test_a_table_takes_32_bytes_per_chunk_and_no_tensor_is_allocated():
     assert build_table(pair_lists([teacher], [student])).nbytes == 32 * -(-10_000_000 // CHUNK_SIZE)
 
 
+def test_a_table_without_pairs_has_four_columns():
+    assert build_table([]).shape == (0, 4)
+
+
 def test_one_unaligned_teacher_makes_all_of_its_piece_unaligned():
     """The kernels read the flag from the first teacher's record only."""
     student, aligned, unaligned = torch.zeros(40), torch.zeros(40), torch.zeros(41)[1:]

@@ -122,3 +122,25 @@ def check_rules(method: Method, device: torch.device) -> dict[str, str]:
         except RuntimeError as error:
             kept += [f"raises: {str(error).splitlines()[0]}"] * answers
     return dict(zip(RULES, kept, strict=True))
+
+
+def describe_error(error: Exception) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def rules_rows(methods: dict[str, Method | str], device: torch.device) -> list[dict]:
+    """One row per method that is available here."""
+    rows = []
+    for name, method in methods.items():
+        if isinstance(method, str):
+            continue
+        try:
+            with torch.no_grad():
+                rules = check_rules(method, device)
+        except ImportError:
+            continue  # the timing tables show the import error
+        except Exception as error:  # e.g. an incompatible version of a library; check the others
+            rules = dict.fromkeys(RULES, f"raises: {describe_error(error)}")
+        rows.append({"kind": "rules", "method": name, "rules": rules})
+    return rows

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from checks import describe_error
 from models import Slices
 from timing import (
     MOMENTUM,
     Row,
     apply_gate,
-    describe_error,
     evict_caches,
     make_eviction_buffer,
     pin_the_heap,

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from checks import rules_rows
 from general import measure_modes
 from growth import growth, measure_host_overhead, measure_teacher_overhead
 from models import pair, tensors_of
@@ -73,6 +74,7 @@ def figures(device: torch.device, rehearse: bool) -> Measurements:
             for row in measure(model, dtype, device, torch.get_num_threads(), 2 if rehearse else 20, methods)
         ]
 
+    yield "correctness", partial(rules_rows, fast_methods(device), device)
     for model, dtype in [(SMALL, "bfloat16")] if rehearse else FIGURES:
         yield f"{model}, {dtype}", partial(update_rows, model, dtype)
 
@@ -142,6 +144,8 @@ def is_wrong(row: dict) -> bool:
 
 def describe(row: dict) -> str:
     """One line: what was measured, and its main figures."""
+    if rules := row.get("rules"):
+        return f"- {row['method']}: " + ", ".join(f"{rule}: {answer}" for rule, answer in rules.items())
     what = [
         row["method"],
         *(str(row[key]) for key in ("model", "dtype", "mode", "chunk_bytes", "size") if row.get(key)),

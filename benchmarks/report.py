@@ -1,5 +1,7 @@
 """`make report`: measure everything that this machine can measure; write JSON, tables and pictures.
 
+--from FOLDER measures nothing and reports what `make gpu` left in a folder, as <device>-<date>-parts.
+
 Writes <device>-<date>.json (after each measurement), then .md and .png, to benchmarks/results. A complete run also
 updates the summary in docs/speed.md and benchmarks/README.md, which have separate sections for CPU and GPU; on a GPU it
 also draws the chart of README.md.
@@ -16,17 +18,20 @@ from pathlib import Path
 
 import torch
 from adapters import adapters
-from checks import RULES, check_rules
+from checks import describe_error, rules_rows
 from counts import SIZES, host_instructions, why_not_callgrind
 from growth import growth, measure_host_overhead, measure_teacher_overhead
 from models import DTYPES, MODELS, pair
 from peers import peers
 from step import STEPS, training_steps
 from tables import (
+    cpu_teacher_table,
     embed,
     groups,
     growth_table,
+    host_table,
     instructions_table,
+    modes_table,
     of_kind,
     on_threads,
     rules_table,
@@ -37,7 +42,7 @@ from tables import (
     update_table,
     verdicts,
 )
-from timing import describe_error, machine, measure
+from timing import machine, measure
 from updates import OURS, Method, handwritten_methods, our_methods
 
 try:
@@ -59,23 +64,6 @@ def methods_for(device: torch.device, dtype: str) -> dict[str, Method | str]:
 def select_methods(methods: dict[str, Method | str], parts: list[str] | None) -> dict[str, Method | str]:
     """The methods whose name contains one of these parts; all methods if there are none."""
     return {name: how for name, how in methods.items() if not parts or any(part in name for part in parts)}
-
-
-def rules_rows(device: torch.device, parts: list[str] | None) -> list[dict]:
-    rows = []
-    for name, method in select_methods(methods_for(device, "bfloat16"), parts).items():
-        if isinstance(method, str):
-            continue
-        try:
-            with torch.no_grad():
-                rows.append({"kind": "rules", "method": name, "rules": check_rules(method, device)})
-        except ImportError:
-            continue  # the timing tables show the import error
-        except Exception as error:  # e.g. an incompatible version of a library; measure the others
-            rows.append(
-                {"kind": "rules", "method": name, "rules": dict.fromkeys(RULES, f"raises: {describe_error(error)}")}
-            )
-    return rows
 
 
 def instruction_rows() -> list[dict]:
@@ -109,7 +97,7 @@ def parts_of(device: torch.device, given: argparse.Namespace) -> Iterator[tuple[
     threads = torch.get_num_threads()
     models = given.model or (["wide_resnet28_2"] if quick else list(MODELS))
     dtypes = given.dtype or (["float32"] if quick else list(DTYPES))
-    yield "correctness", partial(rules_rows, device, given.method)
+    yield "correctness", partial(rules_rows, select_methods(methods_for(device, "bfloat16"), given.method), device)
     for model in models:
         for dtype in dtypes:
             yield f"{model}, {dtype}", partial(update_rows, model, dtype, device, threads, rounds, given.method)
@@ -140,7 +128,7 @@ def run(device: torch.device, given: argparse.Namespace, file: Path) -> list[dic
             found = [{"kind": "failed", "what": what, "why_not": describe_error(error)}]
             print(f"\n{what}: {found[0]['why_not']}", flush=True)
         rows += [described | {name: value for name, value in row.items() if value is not None} for row in found]
-        file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        file.write_text(as_json(rows))
         for key, measured_now in groups(found).items():
             here = [described | row for row in measured_now]
             print(f"\n### {title(*key, here)}\n\n{update_table(here)}", flush=True)
@@ -149,27 +137,58 @@ def run(device: torch.device, given: argparse.Namespace, file: Path) -> list[dic
 
 def text(rows: list[dict], pictures: list[Path]) -> str:
     """The whole report in Markdown."""
-    conditions = {name: value for name, value in rows[0].items() if name not in ("kind", "method", "rules")}
+    conditions = {name: value for name, value in rows[0].items() if all(row.get(name) == value for row in rows)}
     parts = [
         "# What a teacher update costs\n",
         ", ".join(f"{name} {value}" for name, value in conditions.items()) + "\n",
     ]
     parts.append("How each number is measured, and what it does not show: see benchmarks/README.md.\n")
-    parts += ["## Goals\n", verdicts(rows)]
+    parts += ["## Goals\n", verdicts(rows)] if groups(rows) else []
     if failed := of_kind(rows, "failed"):
         parts += ["## Failed measurements\n", *(f"- {row['what']}: {row['why_not']}\n" for row in failed)]
-    parts += ["## Correctness\n", rules_table(rows)]
-    parts += ["## Pictures\n", *(f"![{path.stem}]({path.name})\n" for path in pictures)]
-    parts += ["## One update\n", "Summary: multiples of the limit, and durations.\n"]
+    parts += ["## Correctness\n", rules_table(rows)] if of_kind(rows, "rules") else []
+    parts += ["## Pictures\n", *(f"![{path.stem}]({path.name})\n" for path in pictures)] if pictures else []
+    parts += ["## One update\n", "Summary: multiples of the limit, and durations.\n"] if groups(rows) else []
     for dtype in dict.fromkeys(key[1] for key in groups(rows)):
         parts += [f"### {dtype}\n", summary(rows, dtype)]
     for key, found in groups(rows).items():
         parts += [f"### {title(*key, found)}\n", update_table(found)]
-    parts += ["## Growth with the number of elements\n", growth_table(rows, "elements")]
-    parts += ["## Growth with the number of tensors\n", growth_table(rows, "tensors")]
-    parts += ["## Share of a training step\n", step_table(rows)]
-    parts += ["## Host instructions\n", instructions_table(rows)]
+    sections = {
+        "mode": ("The general kernels", modes_table),
+        "host": ("Host time of an update", host_table),
+        "cpu teacher": ("A teacher in CPU memory of a student on the device", cpu_teacher_table),
+        "elements": ("Growth with the number of elements", partial(growth_table, kind="elements")),
+        "tensors": ("Growth with the number of tensors", partial(growth_table, kind="tensors")),
+        "step": ("Share of a training step", step_table),
+        "instructions": ("Host instructions", instructions_table),
+    }
+    for kind, (name, table) in sections.items():
+        if of_kind(rows, kind):
+            parts += [f"## {name}\n", table(rows)]
     return "\n".join(parts)
+
+
+def as_json(rows: list[dict]) -> str:
+    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+
+
+def rows_in(folder: Path) -> list[dict]:
+    """The rows that the parts of `make gpu` wrote to a folder."""
+    files = sorted(file for file in folder.glob("*.json") if file.name != "summary.json")
+    if not files:
+        raise SystemExit(f"{folder} has no results of make gpu")
+    return [row for file in files for row in json.loads(file.read_text())]
+
+
+def write_report(rows: list[dict], stem: Path) -> None:
+    pictures = draw(rows, stem) if draw else []
+    stem.with_suffix(".md").write_text(text(rows, pictures))
+    print(f"\n{verdicts(rows) if groups(rows) else ''}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
+
+
+def name_of(described: dict) -> str:
+    device = "".join(c if c.isalnum() else "-" for c in described["device"].lower())
+    return f"{device}-{described['date']}"
 
 
 def conditions(rows: list[dict]) -> str:
@@ -223,23 +242,26 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
     parser.add_argument("--method", nargs="+", metavar="PART", help="only methods whose name contains one of these")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="default: %(default)s")
+    parser.add_argument("--from", dest="measured", type=Path, metavar="FOLDER", help="report these results of make gpu")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not move")  # the tables show which teachers move
-    device = torch.device(arguments.device)
-    described = machine(device)
-    name = "".join(c if c.isalnum() else "-" for c in described["device"].lower())
-    stem = arguments.out / f"{name}-{described['date']}"
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.measured:
+        rows = rows_in(arguments.measured)
+        stem = arguments.out / f"{name_of(rows[0])}-parts"
+        stem.with_suffix(".json").write_text(as_json(rows))
+        write_report(rows, stem)
+        return 0
+    device = torch.device(arguments.device)
+    stem = arguments.out / name_of(machine(device))
     rows = run(device, arguments, stem.with_suffix(".json"))
-    pictures = draw(rows, stem) if draw else []
-    stem.with_suffix(".md").write_text(text(rows, pictures))
     whole = not (arguments.quick or arguments.model or arguments.dtype or arguments.method)
     if whole and not of_kind(rows, "failed") and arguments.out == HERE / "results":
         for page, shown in ((GUIDE / "speed.md", short(rows)), (HERE / "README.md", block(rows, stem.name))):
             page.write_text(embed(page.read_text(), place(device.type), shown))
         if draw and device.type == "cuda":
             draw_speed(rows, GUIDE)
-    print(f"\n{verdicts(rows)}\nwritten: {stem}.json, .md and {len(pictures)} pictures")
+    write_report(rows, stem)
     return int(bool(of_kind(rows, "failed")))
 
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from checks import describe_error
 from models import pair
-from timing import MOMENTUM, describe_error, quartiles, summarize_shares, synchronized_ms
+from timing import MOMENTUM, quartiles, summarize_shares, synchronized_ms
 from torch import Tensor, nn
 from tqdm import tqdm
 from updates import LOOP, OURS, compiled_lerp_loop, published_loop

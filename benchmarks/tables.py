@@ -155,17 +155,62 @@ def embed(page: str, by: str, new: str) -> str:
 
 def step_table(rows: list[dict]) -> str:
     found = [row for row in of_kind(rows, "step") if not row.get("why_not")]
-    on_host = any(row.get("host_step_ms") for row in found)  # on a GPU, where two networks are trained
+    on_host = any(row.get("host_step_ms") for row in found)  # on a GPU
+    named = on_host or len({row["model"] for row in found}) > 1
     lines = []
     for row in found:
         update = f"{row['median_ms']:.2f} ({row['q1_ms']:.2f} ... {row['q3_ms']:.2f})"
         share = f"{row['median_percent']:.2f} % ({row['q1_percent']:.2f} ... {row['q3_percent']:.2f})"
         lines.append([row["method"], f"{row['step_ms']:.0f}", update, share])
+        if named:
+            lines[-1].insert(0, f"{row['model']}, {row['dtype']}")
         if on_host:
-            lines[-1] = [f"{row['model']}, {row['dtype']}", *lines[-1]]
             lines[-1] += [f"{row['host_step_ms']:.1f}", f"{row['host_update_ms']:.2f}"]
     headers = ["update by", "step, ms", "update, ms (quartiles)", "share of the step (quartiles)"]
-    return markdown(lines, ["step of", *headers, "host, step, ms", "host, update, ms"] if on_host else headers)
+    return markdown(lines, ["step of"] * named + headers + ["host, step, ms", "host, update, ms"] * on_host)
+
+
+def timed(row: dict) -> str:
+    return f"{duration(row['median_ms'])} ({duration(row['q1_ms'])} ... {duration(row['q3_ms'])})"
+
+
+def modes_table(rows: list[dict]) -> str:
+    """The general kernels: the time over that in which one flat copy moves as many bytes, and the time."""
+    lines, missing = [], []
+    for row in of_kind(rows, "mode"):
+        if row.get("why_not"):
+            missing.append(f"\n- {row['model']}, {row['mode']}, {row['method']}: {row['why_not']}")
+            continue
+        chunk = f"{row['chunk_bytes'] // 1024} KB" if row.get("chunk_bytes") else ""
+        per_copy = f"{row['x_copy']:.2f} ({row['x_copy_q1']:.2f} ... {row['x_copy_q3']:.2f})"
+        moved = f"{1e3 * row['gigabytes'] / row['median_ms']:,.0f}"
+        lines.append([row["model"], row["mode"], row["method"], chunk, per_copy, timed(row), moved])
+    headers = [
+        "model",
+        "mode",
+        "method",
+        "full chunk",
+        "x copy of as many bytes (quartiles)",
+        "time (quartiles)",
+        "GB/s",
+    ]
+    return markdown(lines, headers) + "".join(missing) + "\n" * bool(missing)
+
+
+def host_table(rows: list[dict]) -> str:
+    """The host's time of an update, without the kernel, and of building its plan."""
+    names = ("host_warm_us", "host_cold_us", "teacher_warm_us", "teacher_cold_us")
+    lines = [
+        [row["model"], *(f"{row[name]:.0f}" for name in names), f"{row['plan_ms']:.1f}"]
+        for row in of_kind(rows, "host")
+    ]
+    update = ["eman_update_, warm, us", "cold, us", "EMANTeacher.update, warm, us", "cold, us"]
+    return markdown(lines, ["model", *update, "building the plan, ms"])
+
+
+def cpu_teacher_table(rows: list[dict]) -> str:
+    lines = [[row["model"], row["method"], timed(row)] for row in of_kind(rows, "cpu teacher")]
+    return markdown(lines, ["model", "method", "time (quartiles)"])
 
 
 def instructions_table(rows: list[dict]) -> str:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from checks import find_faults
+from checks import describe_error, find_faults
 from counts import count_launches, count_work
 from models import DTYPES, pair, tensors_of
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def summarize_shares(samples: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
-    return tuple(statistics.quantiles(samples, n=4))
+    return tuple(statistics.quantiles(samples, n=4, method="inclusive"))
 
 
 def time_in_turn(
@@ -153,11 +153,6 @@ def time_in_turn(
                     f"{row.operations:,} launches, of which {QUEUE:,} are queued; the host's speed limits the others"
                 )
     return list(rows.values())
-
-
-def describe_error(error: Exception) -> str:
-    """The error in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def apply_gate(row: Row, method: Method | str, following: Following, student: nn.Module) -> None:

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from checks import describe_error
 from models import pair, tensors_of
-from timing import MOMENTUM, describe_error, machine, make_eviction_buffer, time_once
+from timing import MOMENTUM, machine, make_eviction_buffer, time_once
 from torch import Tensor
 from torch.utils.cpp_extension import CUDA_HOME
 

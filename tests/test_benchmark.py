@@ -795,6 +795,16 @@ def test_every_stage_of_make_gpu_can_be_rehearsed(tmp_path):
         rows = json.loads((folder / f"{part}.json").read_text())
         assert not list(filter(parts.is_wrong, rows)), part
         assert {row["torch"] for row in rows} == {torch.__version__}
+    command = [sys.executable, BENCHMARKS / "report.py", "--from", folder, "--out", tmp_path / "report"]
+    subprocess.run(command, check=True, capture_output=True)
+    (page,) = (tmp_path / "report").glob("*-parts.md")
+    page = page.read_text()
+    for row in json.loads((folder / "modes.json").read_text()):
+        assert f"| {row['mode']} " in page
+        assert f"{row['x_copy']:.2f} ({row['x_copy_q1']:.2f} ... {row['x_copy_q3']:.2f})" in page
+    for title in ("Correctness", "Host time", "A teacher in CPU memory", "Growth with the number of t", "Share of a"):
+        assert f"\n## {title}" in page
+    assert re.search(r"\*\*eman_kernels cpu\*\* +\| yes", page), "whether a method keeps the rule is measured"
     for mode in ("stochastic", "cast"):
         assert f"{mode} cpu\n" in (folder / "profile-ncu.log").read_text()
     variants = (folder / "variants-variants.log").read_text()

@@ -96,10 +96,10 @@ class BufferSync:
         raise_differences(
             (
                 f"{name}: {dtype} of shape {shape} in process {rank}, but not in process {other}"
-                for other in range(len(layouts))
-                for rank in (0, other)
+                for each in range(1, len(layouts))
+                for rank, other in ((0, each), (each, 0))
                 for name, shape, dtype in layouts[rank]
-                if (name, shape, dtype) not in layouts[0 if rank else other]
+                if (name, shape, dtype) not in layouts[other]
             ),
             head=f"the processes' students differ in their buffers. {NOTHING_WRITTEN}",
         )

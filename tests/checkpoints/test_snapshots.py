@@ -69,11 +69,11 @@ def teachers(student):
 def test_a_snapshot_holds_the_averages(student, teachers, tmp_path):
     run(student, teachers, Snapshots(teachers, tmp_path, every=3), 7)
     assert steps(tmp_path) == both(3, 6)
-    snapshots = Snapshots(teachers, tmp_path / "now", every=100)
+    snapshots = Snapshots(teachers, tmp_path / "a run" / "now", every=100)
     snapshots.store()
     snapshots.wait()
     for teacher, sigma_rel in zip(teachers, (0.05, 0.1), strict=True):
-        path = tmp_path / "now" / f"sigma_rel-{sigma_rel}-step-000000007.safetensors"
+        path = tmp_path / "a run" / "now" / f"sigma_rel-{sigma_rel}-step-000000007.safetensors"
         stored = load_file(path)
         for name, tensor in teacher.module.state_dict().items():
             is_parameter = name in dict(student.named_parameters())

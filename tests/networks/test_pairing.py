@@ -245,7 +245,13 @@ def test_quantized_and_lazy_tensors_cannot_follow():
         eman_update_(other, lazy, 0.5)
 
 
-def test_a_long_list_of_differences_is_truncated():
-    students = nn.Sequential(*(nn.Linear(1, 1) for _ in range(30)))
-    with pytest.raises(ValueError, match="and 38 more"):
-        paired(nn.Sequential(nn.Linear(1, 1)), students)
+@pytest.mark.parametrize(
+    ("differences", "end"), [(20, "19: the teacher has none"), (21, "and 1 more"), (58, "and 38 more")]
+)
+def test_a_long_list_of_differences_is_truncated(differences, end):
+    students = nn.ParameterList(torch.zeros(1) for _ in range(differences))
+    with pytest.raises(ValueError, match="follow the student") as raised:
+        paired(nn.ParameterList(), students)
+    listed = str(raised.value).split("\n  ")[1:]
+    assert len(listed) == min(differences, 21)
+    assert listed[-1].startswith(end), listed[-1]

@@ -285,6 +285,7 @@ def differ_in_shape() -> str | None:
 def test_processes_whose_buffers_differ_are_an_error_in_each(world: World) -> None:
     for error in world.run(differ_in_shape):
         assert "1.running_mean: torch.float32 of shape (8,) in process 0, but not in process 1" in error
+        assert "1.running_mean: torch.float32 of shape (9,) in process 1, but not in process 0" in error
 
 
 def change_alike() -> None:

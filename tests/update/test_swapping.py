@@ -23,6 +23,7 @@ from eman_kernels import (
     load_ema_checkpoint,
     swapped,
 )
+from eman_kernels.update import swapping
 
 
 class Student(nn.Sequential):
@@ -115,6 +116,16 @@ def test_replaced_tensors_get_the_value_of_their_network(student, change, whose,
     teacher.update(student)
     expected = torch.lerp(own["0.weight"], theirs["0.weight"], 0.5)
     assert torch.equal(teacher.module[0].weight, expected)
+
+
+def test_replaced_tensors_get_their_values_where_modules_are_sharded_as_well(student, monkeypatch):
+    """Sharding the networks again may bring back the exchanged tensors, or not."""
+    monkeypatch.setattr(swapping, "reshard", lambda networks: True)
+    teacher = EMANTeacher(student, 0.5)
+    own = values(teacher.module)
+    with teacher.swapped(student):
+        replace_parameter(teacher.module)
+    assert_values(teacher.module, own)
 
 
 def widen_within_a_context(teacher, student):

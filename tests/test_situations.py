@@ -724,6 +724,21 @@ def test_update_bn_of_a_wrapper(wrap, dtype, momentum):
     assert not any(module.training for module in teacher.modules())
 
 
+def test_statistics_are_continued_without_a_reset():
+    student = net().train()
+    student(torch.randn(16, 4))
+    teacher = EMANTeacher(student, 0.5)
+    teacher.update(student)
+    expected = copy.deepcopy(teacher.module)
+    images = torch.randn(16, 4) * 3 + 1
+    for network, norm in ((expected, expected[1]), (teacher, teacher.module[1])):
+        network.train()
+        norm.momentum = None  # a cumulative average from here on
+        network(images)
+    assert teacher.module[1].num_batches_tracked == 2
+    torch.testing.assert_close([*teacher.module.buffers()], [*expected.buffers()], rtol=0, atol=0)
+
+
 def test_update_bn_of_several_teachers():
     student = trained(net())
     teachers = EMANTeachers(student, [0.5, 0.9])

@@ -745,6 +745,9 @@ def test_nonfinite_elements_are_skipped_and_counted(student):
         assert counter is None or resumed.skipped is counter  # in place, because a captured graph reads it there
         resumed.update(student)
         assert resumed.skipped == 3 * (27 + 1)
+    new = EMANTeacher(student, 0.5, nonfinite="skip").state_dict()
+    assert new.keys() == state.keys(), "a checkpoint has the same names before the first update"
+    assert int(new["_skipped"]) == 0
     nested = nn.ModuleDict({"teachers": EMANTeachers(student, [0.5, 0.9], nonfinite="skip")})
     nested["teachers"].update(student)
     again = nn.ModuleDict({"teachers": EMANTeachers(student, [0.5, 0.9], nonfinite="skip")})

@@ -427,7 +427,7 @@ def store_in_each_process(folder, sharded):
         mesh = dist.init_device_mesh("cpu", (2,))
         for network in (student, *(teacher.module for teacher in teachers)):
             fully_shard(network, mesh=mesh)
-    with Snapshots(teachers, folder, every=1) as snapshots:
+    with Snapshots(teachers, Path(folder, str(dist.get_rank())), every=1) as snapshots:
         for teacher in teachers:
             teacher.update(student)
         snapshots.store_if_due()
@@ -447,8 +447,9 @@ def test_rank_0_writes_whole_tensors(sharded, tmp_path):
         expected, _ = world.run(store_in_each_process, str(tmp_path / "snapshots"), sharded)
     finally:
         world.stop()
-    assert steps(tmp_path / "snapshots") == both(1)
-    stored = dict(read_folder(tmp_path / "snapshots")[0].tensors())
+    (folder,) = (tmp_path / "snapshots").iterdir()
+    assert (folder.name, steps(folder)) == ("0", both(1))
+    stored = dict(read_folder(folder)[0].tensors())
     assert stored.keys() == expected.keys()
     for name, tensor in expected.items():
         is_parameter = name in dict(net().named_parameters())

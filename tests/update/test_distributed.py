@@ -190,6 +190,7 @@ def mixed_dtypes_and_places() -> None:
             self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
             self.register_buffer("count", torch.tensor(7))
             self.register_buffer("tied", self.hidden)
+            self.register_buffer("learned", torch.full((2,), float(rank), requires_grad=True))
 
     student = Network().to(device())
     teacher = EMANTeacher(student, 0.0, sync_buffers="mean")
@@ -200,6 +201,7 @@ def mixed_dtypes_and_places() -> None:
     assert_same_bits(teacher.module.hidden, torch.full((3, 2), mean))
     assert_same_bits(teacher.module.mask, student.mask)
     assert int(teacher.module.count) == 7
+    assert_same_bits(teacher.module.learned.detach(), torch.full((2,), mean))
     assert not plan_for(teacher.module, student).ineligible
     assert float(student.hidden[0, 0]) == dist.get_rank(), "the student was written"
 

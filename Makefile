@@ -42,7 +42,7 @@ docs: .venv/.docs
 
 # Mutation tests, sanitizers, fuzzing, load tests and coverage; tests/trust/ describes each. None needs a GPU.
 mutants: .venv/.installed
-	$(BIN)/pip install --quiet 'cosmic-ray>=8.7' pytest-cov
+	$(BIN)/pip install --quiet 'cosmic-ray>=8.7' 'coverage>=7.10'
 	$(BIN)/python tests/trust/mutants.py $(MUTANTS_ARGS)
 	$(BIN)/python tests/trust/random_mutants.py $(RANDOM_MUTANTS)
 

@@ -155,19 +155,17 @@ def embed(page: str, by: str, new: str) -> str:
 
 def step_table(rows: list[dict]) -> str:
     found = [row for row in of_kind(rows, "step") if not row.get("why_not")]
-    on_host = any(row.get("host_step_ms") for row in found)  # on a GPU
-    named = on_host or len({row["model"] for row in found}) > 1
+    on_host = any(row.get("host_step_ms") for row in found)  # on a GPU, where two networks are trained
     lines = []
     for row in found:
         update = f"{row['median_ms']:.2f} ({row['q1_ms']:.2f} ... {row['q3_ms']:.2f})"
         share = f"{row['median_percent']:.2f} % ({row['q1_percent']:.2f} ... {row['q3_percent']:.2f})"
         lines.append([row["method"], f"{row['step_ms']:.0f}", update, share])
-        if named:
-            lines[-1].insert(0, f"{row['model']}, {row['dtype']}")
         if on_host:
+            lines[-1] = [f"{row['model']}, {row['dtype']}", *lines[-1]]
             lines[-1] += [f"{row['host_step_ms']:.1f}", f"{row['host_update_ms']:.2f}"]
     headers = ["update by", "step, ms", "update, ms (quartiles)", "share of the step (quartiles)"]
-    return markdown(lines, ["step of"] * named + headers + ["host, step, ms", "host, update, ms"] * on_host)
+    return markdown(lines, ["step of", *headers, "host, step, ms", "host, update, ms"] if on_host else headers)
 
 
 def timed(row: dict) -> str:

@@ -6,7 +6,6 @@ only what is missing or has failed. The exit status is 1 if a measurement fails 
 
 import argparse
 import json
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from general import measure_modes
 from growth import growth, measure_host_overhead, measure_teacher_overhead
 from models import pair, tensors_of
 from step import REVERSED, STEPS, WAYS, training_steps
-from timing import MOMENTUM, WARM_UP, machine, measure, quartiles, synchronized_ms
+from timing import MOMENTUM, WARM_UP, machine, measure, quartiles, synchronized_ms, write_rows
 from torch import nn
 from updates import GRAPH, OURS, Method, Update, handwritten_methods, our_methods, split_tensors
 
@@ -157,13 +156,6 @@ def describe(row: dict) -> str:
     for key in ("step_ms", "host_step_ms", "host_update_ms", "host_ms", "first_update_ms"):
         figures += [f"{key} {row[key]:.3f}"] if row.get(key) else []
     return f"- {', '.join(what)}: {row.get('why_not') or ', '.join(figures)}"
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """At once: a process that is stopped meanwhile leaves the old file."""
-    new = file.with_suffix(".new")
-    new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    os.replace(new, file)
 
 
 def run(measurements: Measurements, described: dict, file: Path) -> bool:

@@ -42,7 +42,7 @@ from tables import (
     update_table,
     verdicts,
 )
-from timing import machine, measure
+from timing import machine, measure, write_rows
 from updates import OURS, Method, handwritten_methods, our_methods
 
 try:
@@ -128,7 +128,7 @@ def run(device: torch.device, given: argparse.Namespace, file: Path) -> list[dic
             found = [{"kind": "failed", "what": what, "why_not": describe_error(error)}]
             print(f"\n{what}: {found[0]['why_not']}", flush=True)
         rows += [described | {name: value for name, value in row.items() if value is not None} for row in found]
-        file.write_text(as_json(rows))
+        write_rows(file, rows)
         for key, measured_now in groups(found).items():
             here = [described | row for row in measured_now]
             print(f"\n### {title(*key, here)}\n\n{update_table(here)}", flush=True)
@@ -166,10 +166,6 @@ def text(rows: list[dict], pictures: list[Path]) -> str:
         if of_kind(rows, kind):
             parts += [f"## {name}\n", table(rows)]
     return "\n".join(parts)
-
-
-def as_json(rows: list[dict]) -> str:
-    return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
 
 def rows_in(folder: Path) -> list[dict]:
@@ -249,7 +245,7 @@ def main() -> int:
     if arguments.measured:
         rows = rows_in(arguments.measured)
         stem = arguments.out / f"{name_of(rows[0])}-parts"
-        stem.with_suffix(".json").write_text(as_json(rows))
+        write_rows(stem.with_suffix(".json"), rows)
         write_report(rows, stem)
         return 0
     device = torch.device(arguments.device)

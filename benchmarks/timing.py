@@ -7,6 +7,8 @@ round. On CUDA the time is device time, measured with events; the host's time fo
 import copy
 import datetime
 import gc
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -215,6 +217,13 @@ def measure(
 
 
 # ---------------------------------------------------------------- the machine
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """At once: a process that is stopped meanwhile leaves the old file."""
+    new = file.with_suffix(".new")
+    new.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    os.replace(new, file)
 
 
 def machine(device: torch.device) -> dict[str, str | float]:

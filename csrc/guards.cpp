@@ -373,9 +373,7 @@ class Walk {
     }
     // Of two tensors that are alike otherwise, one can be a lazily negated view: only its dispatch keys say so.
     uint64_t keys = 0;
-    if (torch.keys_offset != 0) {
-      std::memcpy(&keys, *static_cast<const char* const*>(handle) + torch.keys_offset, sizeof keys);
-    }
+    if (torch.keys_offset != 0) keys = read<uint64_t>(impl_of(handle) + torch.keys_offset);
     bool holds = same(keys) && same(address(data)) && same(dtype) && same(type) && same(index) && same(dim);
     for (int64_t i = 0; holds && i < dim; ++i) holds = same(sizes[i]) && same(strides[i]);
     if (kRecords) n_dims_ = dim;

@@ -28,6 +28,7 @@ from training import LABELS, Run, append, train
 
 sys.path.append(str(Path(__file__).parent.parent))
 from tables import embed
+from timing import write_rows
 
 METHODS = {"fixmatch": FixMatch, "byol": Byol, "moco": Moco}
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -175,7 +176,7 @@ def main() -> None:
     of_shares = stem.with_name(f"{stem.name}-shares.json")
     if not of_shares.exists():
         rows = shares(METHODS.values(), images, rounds=5 if arguments.short else 40)
-        of_shares.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        write_rows(of_shares, rows)
     rows = json.loads(of_shares.read_text())
     picture = stem.with_suffix(".png")
     draw(records, picture)
